@@ -1,0 +1,355 @@
+"""What a model knows, what it has forgotten, and the pictures of both.
+
+    python eval.py loss   RUN                       # loss on each validation set of a run's newest checkpoint
+    python eval.py table  RUN RUN ... [--out x.md]  # final losses, forgetting, adaptation, as Ibrahim et al. Table 2
+    python eval.py plot   RUN RUN ... [--out x.png] # loss on old and new data against tokens, learning rate below
+    python eval.py sample RUN --prompt 'def '       # text from it
+
+RUN is a run folder (its newest checkpoint) or a checkpoint. Runs named x_seed1, x_seed2, ... are one row of a table
+(mean +- standard deviation) and one line of a plot.
+
+A validation set is a fixed list of windows. Its loss is in nats per token, its standard error from the spread
+between windows. With L(t) the loss of a set during a stage that starts at t = 0:
+
+    forgetting of an old set    L(end) - L(0)                positive is worse
+    adaptation to a new set     L(0) - L(end)                positive is better
+    peak                        max over t of L(t) - L(0)    the bump of re-warming
+
+Shapes: B windows, T tokens of a window.
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+import statistics
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from model import GPTNeoX, GPTNeoXConfig, ModelError
+
+
+class EvalError(ValueError):
+    """A run or checkpoint that cannot be evaluated; the message says why."""
+
+
+# -----------------------------------------------------------------------------
+# What a run leaves behind
+
+def checkpoints(out_dir):
+    """{step: path} of a run folder, rising."""
+    return {int(path.stem[5:]): path for path in sorted(Path(out_dir).glob('ckpt_????????.pt'))}
+
+
+def read_checkpoint(path):
+    """A checkpoint as plain values. EvalError when it is not whole, or no checkpoint of ours.
+
+    torch.load alone misses flipped bits; the checksums of the zip that torch.save writes do not. weights_only: a
+    file that would run code is refused.
+    """
+    hint = 'It is cut short or damaged, or no checkpoint of this program.'
+    try:
+        if broken := zipfile.ZipFile(path).testzip():
+            raise EvalError(f'{path}: {broken} fails its checksum. {hint}')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise EvalError(f'{path}: cannot be loaded ({(str(error).splitlines() or [type(error).__name__])[0]}). {hint}')
+    if not isinstance(state, dict) or not {'weights', 'model', 'config', 'step'} <= set(state):
+        raise EvalError(f'{path}: holds no run. {hint}')
+    return state
+
+
+def newest_checkpoint(run):
+    """The path of a checkpoint, or of the newest one in a run folder."""
+    if Path(run).is_file():
+        return Path(run)
+    if not (found := checkpoints(run)):
+        raise EvalError(f'{run}: no checkpoint there; expected a run folder with ckpt_*.pt, or a checkpoint')
+    return found[max(found)]
+
+
+def model_of(state):
+    """The GPTNeoX of a checkpoint, on the CPU."""
+    model = GPTNeoX(GPTNeoXConfig(**state['model']))
+    model.load_state_dict(state['weights'])
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Loss
+
+def add_up(values):
+    """Sums over all processes of a list of numbers, in float64."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+@torch.no_grad()
+def evaluate(model, val_sets, batch, autocast, rank=0, world=1, stopped=lambda: False):
+    """Losses on {name: (Source, [window, ...])} -> {name: {loss, se, ppl, bpb}}, the same on every rank.
+
+    loss and its standard error se in nats per token, ppl = exp(loss), bpb in bits per byte of text (None where the
+    shards do not say how many bytes they are). Ranks share the windows; `batch` windows at a time. None when
+    `stopped` turned true on any rank: an evaluation that is cut short counts for nothing.
+    """
+    device, results = model.cos.device, {}
+    for name, (source, windows) in val_sets.items():
+        sums = [0, 0.0, 0.0]                                        # windows, their mean losses, and squares
+        mine = windows[rank::world]
+        for i in range(0, len(mine), batch):
+            if stopped():
+                break
+            tokens = torch.from_numpy(np.stack([source.window(w) for w in mine[i:i + batch]])).to(device)   # (B, T+1)
+            with autocast:
+                _, losses = model(tokens[:, :-1], tokens[:, 1:], reduction='none')                          # (B, T)
+            losses = losses.cpu().double().mean(dim=1)                                                      # (B,)
+            sums = [a + b for a, b in zip(sums, (len(losses), losses.sum().item(), (losses ** 2).sum().item()))]
+        n, total, squares, stops = add_up([*sums, float(stopped())])
+        if stops:
+            return None
+        loss = total / n
+        se = math.sqrt(max(squares / n - loss ** 2, 0) / (n - 1)) if n > 1 else None
+        bpb = loss / math.log(2) / source.bytes_per_token if source.bytes_per_token else None
+        results[name] = {'loss': loss, 'se': se, 'ppl': math.exp(min(loss, 700)), 'bpb': bpb}
+    return results
+
+
+# -----------------------------------------------------------------------------
+# Runs as tables
+
+class Run:
+    """What config.json and metrics.jsonl of a run folder say.
+
+    config: {knob: value}; sets: validation sets; evals and trains: rows of metrics.jsonl. Old sets are those that an
+    earlier stage was trained on and this one is not, replay apart; new sets those in train_data.
+    """
+
+    def __init__(self, folder):
+        self.name = Path(folder).name
+        try:
+            self.config = json.loads(Path(folder, 'config.json').read_text())
+            rows = [json.loads(line) for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise EvalError(f'{folder}: no run to be read there ({error}); expected config.json and metrics.jsonl')
+        self.evals = [row for row in rows if row['event'] == 'eval']
+        self.trains = [row for row in rows if row['event'] == 'train']
+        if not self.evals:
+            raise EvalError(f'{folder}: metrics.jsonl holds no evaluation yet')
+        self.config, self.seen = self.config['config'], self.config['derived']['seen']
+        self.sets = list(self.evals[0]['val'])
+        self.new = [name for name in self.sets if name in self.config['train_data']]
+        self.old = [name for name in self.sets if name in self.seen and name not in self.new]
+
+    def losses(self, name):
+        return [row['val'][name]['loss'] for row in self.evals]
+
+    def role(self, name):
+        """What a validation set is to this run, for titles."""
+        if name in self.old:
+            share = self.config['replay'] if name in self.config['replay_data'] else 0
+            return f'old data, {share:.3g} of the batch is replay' if share else 'old data, no replay'
+        return ('new data' if self.seen else 'training data') if name in self.new else 'never trained on'
+
+
+def by_seed(folders):
+    """Run folders -> {name without _seedN: [Run, ...]}, in the order given."""
+    groups = {}
+    for folder in folders:
+        groups.setdefault(re.sub(r'_seed\d+$', '', Path(folder).name), []).append(Run(folder))
+    return groups
+
+
+def spread(values, digits=3):
+    """'1.234' of one value, '1.234 +- 0.005' (standard deviation) of several."""
+    text = f'{statistics.mean(values):.{digits}f}'
+    return text + (f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def table(folders):
+    """The comparison as Markdown: final loss on each set, their average, forgetting and its peak, adaptation.
+
+    In the layout of Ibrahim et al. 2024, Table 2. A dash: no such set in this run.
+    """
+    groups = by_seed(folders)
+    sets = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.sets))
+    rows = [['run', 'seeds', *sets, 'average', 'forgetting', 'its peak', 'adaptation']]
+    for label, runs in groups.items():
+        def over(measure, names):                                   # mean over the sets of a run, spread over its seeds
+            values = [statistics.mean(measure(run.losses(n)) for n in names(run)) for run in runs if names(run)]
+            return spread(values) if values else '–'
+        last = [over(lambda L: L[-1], lambda run, n=n: [n] if n in run.sets else []) for n in sets]
+        rows.append([label, str(len(runs)), *last, over(lambda L: L[-1], lambda run: run.sets),
+                     over(lambda L: L[-1] - L[0], lambda run: run.old), over(lambda L: max(L) - L[0], lambda run: run.old),
+                     over(lambda L: L[0] - L[-1], lambda run: run.new if run.seen else [])])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *lines[1:]])
+
+
+# -----------------------------------------------------------------------------
+# Runs as pictures
+
+# Okabe and Ito's colours and a line style each: apart in grey and for colour-blind readers.
+STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#E69F00', (0, (5, 1))),
+          ('#56B4E9', (0, (3, 1, 1, 1))), ('#000000', (0, (1, 1))), ('#999999', '-')]
+QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'init_from'}
+
+
+def labels(groups):
+    """{name: label}: the name of a run, and the knobs in which the runs drawn together differ."""
+    configs = {name: runs[0].config for name, runs in groups.items()}
+    differ = [key for key in next(iter(configs.values())) if key not in QUIET
+              and len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    def show(value):
+        return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if isinstance(value, float) else value
+    return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:4])]) for name in groups}
+
+
+def mean_curve(runs, rows, value):
+    """Tokens, mean and standard deviation over the seeds of value(row), where all seeds have a row."""
+    curves = [{row['tokens']: value(row) for row in rows(run)} for run in runs]
+    tokens = sorted(set.intersection(*map(set, curves)))
+    values = np.array([[curve[t] for t in tokens] for curve in curves])     # (seeds, points)
+    return np.array(tokens), values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(tokens))
+
+
+def plot(folders, out):
+    """Forgetting curves as a PNG: a panel for each validation set, old sets first, and the learning rate below."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    groups = by_seed(folders)
+    names, first = labels(groups), next(iter(groups.values()))[0]
+    sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets), key=lambda n: n in first.new)
+    fig, axes = plt.subplots(2, len(sets), figsize=(4.6 * len(sets) + 1, 4.8), sharex='col', squeeze=False,
+                             height_ratios=(3, 1), layout='constrained')
+    largest = max(runs[0].evals[-1]['tokens'] for runs in groups.values())
+    unit, name = next((u, n) for u, n in ((1e9, 'billion'), (1e6, 'million'), (1, '')) if largest >= u or u == 1)
+    for ax, low, dataset in zip(*axes, sets):
+        for (color, style), (label, runs) in zip(STYLES * len(groups), groups.items()):
+            if dataset in runs[0].sets:
+                t, loss, sd = mean_curve(runs, lambda run: run.evals, lambda row: row['val'][dataset]['loss'])
+                ax.plot(t / unit, loss, color=color, ls=style, lw=1.8, label=names[label])
+                ax.fill_between(t / unit, loss - sd, loss + sd, color=color, alpha=0.2, lw=0)
+                if runs[0].seen:
+                    ax.axhline(loss[0], color='0.4', ls=':', lw=1, zorder=0)
+            t, lr, _ = mean_curve(runs, lambda run: run.trains, lambda row: row['lr'])
+            low.plot(t / unit, lr, color=color, ls=style, lw=1.5)
+        change = ''
+        if len(groups) == 1 and first.seen:
+            L = first.losses(dataset)
+            change = f'\n{L[-1] - L[0]:+.3f} nats since the start' + f' (peak {max(L) - L[0]:+.3f})' * (dataset in first.old)
+        ax.set_title(f'{dataset}: {first.role(dataset) if len(groups) == 1 else "old data" if dataset in first.old else "new data" if dataset in first.new and first.seen else "validation"}{change}', fontsize=10)
+        ax.set_ylabel('validation loss (nats per token)')
+        low.set(xlabel=f'tokens of this stage ({name})'.replace(' ()', ''), ylabel='learning rate', ylim=(0, None))
+        low.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+        for a in (ax, low):
+            a.grid(alpha=0.25)
+            a.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].annotate('dotted: loss at the start of the stage', (0.98, 0.97), xycoords='axes fraction', ha='right',
+                        va='top', fontsize=8, color='0.3')
+    if len(groups) > 1:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
+    fig.savefig(out, dpi=130)
+    plt.close(fig)
+
+
+def report(folder):
+    """At the end of a run: draw its curve, return its row."""
+    plot([folder], Path(folder, 'forgetting.png'))
+    return f'\n{table([folder])}\n\n{Path(folder, "forgetting.png")}: its forgetting curve'
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def loss_command(args):
+    for run in args.runs:
+        state = read_checkpoint(newest_checkpoint(run))
+        model, config = model_of(state).to(args.device), state['config']
+        block, names = state['model']['max_position_embeddings'], args.sets or config['val_data']
+        data_dir = args.data_dir or config['data_dir']
+        sources = {name: data.Source(name, data.find_shards(name, 'val', data_dir, config['paths']), block) for name in names}
+        data.check_compatible(sources, state['model']['vocab_size'])
+        windows = config['eval_windows'] if args.windows is None else args.windows
+        val_sets = {name: (source, data.val_windows(source, windows)) for name, source in sources.items()}
+        print(f'{run}, step {state["step"]:,}, {windows or "all"} windows of {block} tokens, fp32')
+        for name, row in evaluate(model, val_sets, 16, torch.autocast('cpu', enabled=False)).items():
+            bpb = f'{row["bpb"]:.4f} bits per byte' if row['bpb'] else 'bytes unknown'
+            print(f'  {name:<16} {row["loss"]:.4f} ± {row["se"] or math.nan:.4f} nats per token   '
+                  f'perplexity {row["ppl"]:.3f}   {bpb}')
+
+
+def table_command(args):
+    text = table(args.runs)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text + '\n')
+
+
+def plot_command(args):
+    plot(args.runs, args.out or 'forgetting.png')
+    print(args.out or 'forgetting.png')
+
+
+def sample_command(args):
+    state = read_checkpoint(newest_checkpoint(args.run))
+    if state['tokenizer'] not in data.TOKENIZERS:
+        raise EvalError(f'{args.run}: was trained on tokens of {state["tokenizer"] or "an unknown tokenizer"}; there are: '
+                        + ', '.join(data.TOKENIZERS))
+    tokenizer, model = data.TOKENIZERS[state['tokenizer']], model_of(state).to(args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    # A document follows an end-of-text, and so does the prompt.
+    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]], device=args.device)
+    for _ in range(args.samples):
+        text = model.generate(ids, args.tokens, args.temperature, args.top_k, args.top_p, generator)[0, 1:].tolist()
+        print(tokenizer.decode([t for t in text if t < tokenizer.vocab_size]), '\n' + '-' * 80)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    p = commands.add_parser('loss', help='loss on validation sets')
+    p.add_argument('runs', nargs='+')
+    p.add_argument('--sets', nargs='+', help='sources to evaluate on (default: those of the run)')
+    p.add_argument('--windows', type=int, help='windows of each; 0: all (default: as in the run)')
+    p.add_argument('--data_dir')
+    p.add_argument('--device', default=device)
+    p.set_defaults(command=loss_command)
+    for name, command, what in (('table', table_command, 'comparison as Markdown'), ('plot', plot_command, 'curves')):
+        p = commands.add_parser(name, help=what)
+        p.add_argument('runs', nargs='+')
+        p.add_argument('--out')
+        p.set_defaults(command=command)
+    p = commands.add_parser('sample', help='generate text')
+    p.add_argument('run')
+    p.add_argument('--prompt', default='')
+    p.add_argument('--tokens', type=int, default=300)
+    p.add_argument('--samples', type=int, default=1)
+    p.add_argument('--temperature', type=float, default=0.8)
+    p.add_argument('--top_k', type=int)
+    p.add_argument('--top_p', type=float)
+    p.add_argument('--seed', type=int, default=1337)
+    p.add_argument('--device', default=device)
+    p.set_defaults(command=sample_command)
+    args = parser.parse_args(argv)
+    try:
+        args.command(args)
+    except (EvalError, ModelError, data.DataError, OSError) as error:
+        print(f'eval.py: {error}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
