@@ -19,7 +19,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 TINY = dict(train_data={'old': 1.0}, val_data=['old', 'new'], hidden_size=32, num_hidden_layers=1,
             num_attention_heads=2, block_size=32, batch_size=4, max_steps=20, learning_rate=3e-3, min_lr=3e-4,
@@ -61,6 +60,15 @@ def config(tmp_path, corpora, monkeypatch):
         Path(f'{name}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in knobs.items() if value is not None))
         return f'{name}.py'
     return write
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """For models this small a second thread only waits, and burns minutes of a busy machine doing so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

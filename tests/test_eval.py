@@ -19,6 +19,7 @@ import eval
 import train
 from model import GPTNeoX, GPTNeoXConfig
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 SHAPE = GPTNeoXConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=384,
                       max_position_embeddings=32)
 
@@ -204,11 +205,13 @@ def test_pictures(tmp_path, monkeypatch):
     run_folder('other', [(0, {'x': 6.0}), (10, {'x': 1.0})])
     run_folder('none', [(0, {}), (10, {})])
     for i, runs in enumerate((['b'], ['first'], ['a_seed1', 'a_seed2'], ['a_seed1', 'a_seed2', 'b', 'less', 'first'],
-                              ['b', 'other'], ['none'])):
+                              ['b', 'other'])):
         eval.plot(runs, f'{i}.png')
         assert Path(f'{i}.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n', runs
     pictures = [Path(f'{i}.png').read_bytes() for i in range(5)]
     assert len(set(pictures)) == 5
+    with pytest.raises(eval.EvalError, match='none'):
+        eval.plot(['none'], 'none.png')
 
 
 def test_what_a_picture_shows(tmp_path, monkeypatch):
@@ -237,7 +240,7 @@ def test_what_a_picture_shows(tmp_path, monkeypatch):
 # Command line
 
 @pytest.fixture(scope='module')
-def finished(corpora, tmp_path_factory):
+def finished(corpora, tmp_path_factory, one_thread):
     """A finished run on 'old', evaluated on all windows."""
     out = tmp_path_factory.mktemp('finished') / 'a'
     knobs = {**TINY, 'out_dir': str(out), 'data_dir': str(corpora), 'eval_windows': 0, 'max_steps': 30}

@@ -1,0 +1,13 @@
+"""Baseline of rewarm_docs_code: no re-warming, the old run's final rate throughout (Gupta et al. 2023, section 4.2).
+
+    torchrun train.py config/constant_docs_code.py
+
+For 2 CPU cores, 2 minutes after config/pretrain_docs.py. Expect less forgetting, and a code loss that is higher than
+after re-warming.
+"""
+base = 'config/rewarm_docs_code.py'
+out_dir = 'out/constant_docs_code'
+
+schedule = 'constant'
+learning_rate = 3e-4                # min_lr of config/pretrain_docs.py
+warmup = 0

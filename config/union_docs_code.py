@@ -1,0 +1,12 @@
+"""Baseline of rewarm_docs_code: start over on both corpora together, with the tokens of both runs.
+
+    torchrun train.py config/union_docs_code.py
+
+The expensive answer that continual pre-training wants to match (Ibrahim et al. 2024, Table 2). For 2 CPU cores, 4
+minutes.
+"""
+base = 'config/pretrain_docs.py'
+out_dir = 'out/union_docs_code'
+
+train_data = {'docs': 2, 'code': 1}         # as many tokens of each as pretrain_docs and rewarm_docs_code take
+max_steps = 1500
