@@ -227,6 +227,18 @@ def _not_headerless(head, size):
     return f'{size:,} bytes, an odd number; cut short?' if size % 2 else None
 
 
+# What the big configs train on: how to get it (huggingface_hub's command-line tool) and prepare it.
+DOWNLOADS = {
+    'pile': """hf download monology/pile-uncopyrighted --repo-type dataset --local-dir raw/pile
+zstd -d --rm raw/pile/train/*.zst
+python data.py prepare pile raw/pile/train/*.jsonl --val 0.001 --data_dir {data_dir}""",
+    'slimpajama': """hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk[1-5]/*' \\
+    --local-dir raw/slimpajama
+zstd -d --rm -r raw/slimpajama
+python data.py prepare slimpajama raw/slimpajama/train/*/*.jsonl --val 0.001 --data_dir {data_dir}""",
+}
+
+
 def find_shards(name, split, data_dir='data', paths=None):
     """The sorted files of a source's split, 'train' or 'val'.
 
@@ -239,11 +251,12 @@ def find_shards(name, split, data_dir='data', paths=None):
         return files
     have = sorted(path.name for path in Path(data_dir).glob('[!.]*') if path.is_dir())
     near = difflib.get_close_matches(name, set(have) - {name}, 1)
+    make = f'python data.py prepare {name} {"" if name in EMBEDDED else "FILE.jsonl... "}--data_dir {data_dir}'
+    make = DOWNLOADS.get(name, make).format(data_dir=data_dir).replace('\n', '\n    ')
     raise DataError(f'no {split} shards of {name!r}: nothing matches {" ".join(patterns)} in {os.getcwd()}. '
                     f'{data_dir} holds {", ".join(have) or "nothing"}{"; did you mean " if near else ""}'
-                    f'{near[0] + "?" if near else "."} Make them: python data.py prepare {name} '
-                    f'{"" if name in EMBEDDED else "FILE.jsonl... "}--data_dir {data_dir}; or say where they '
-                    f"are: paths = {{'{name}/{split}': 'folder/*.bin'}}.")
+                    f"{near[0] + '?' if near else '.'} Say where they are, paths = {{'{name}/{split}': "
+                    f"'folder/*.bin'}}, or make them:\n    {make}")
 
 
 # --- order ---------------------------------------------------------------------------------------------

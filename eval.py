@@ -1,7 +1,7 @@
 """What a model knows, what it has forgotten, and the pictures of both.
 
     python eval.py loss   RUN                       # loss on each validation set of a run's newest checkpoint
-    python eval.py table  RUN RUN ... [--out x.md]  # final losses, forgetting, adaptation, as Ibrahim et al. Table 2
+    python eval.py table  RUN RUN ... [--out x.md]  # final losses, forgetting, adaptation; x.json with what made them
     python eval.py plot   RUN RUN ... [--out x.png] # loss on old and new data against tokens, learning rate below
     python eval.py sample RUN --prompt 'def '       # text from it
 
@@ -18,6 +18,7 @@ between windows. With L(t) the loss of a set during a stage that starts at t = 0
 Shapes: B windows, T tokens of a window.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -145,6 +146,7 @@ class Run:
         self.trains = [row for row in rows if row['event'] == 'train']
         if not self.evals:
             raise EvalError(f'{folder}: metrics.jsonl holds no evaluation yet')
+        self.made_by = {k: v for k, v in self.config.items() if k not in ('config', 'origin', 'derived')}
         self.config, self.seen = self.config['config'], self.config['derived']['seen']
         self.sets = list(self.evals[0]['val'])
         self.new = [name for name in self.sets if name in self.config['train_data']]
@@ -157,7 +159,7 @@ class Run:
         """What a validation set is to this run, for titles."""
         if name in self.old:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
-            return f'old data, {share:.3g} of the batch is replay' if share else 'old data, no replay'
+            return f'old data, {100 * share:.3g}% replay'
         return ('new data' if self.seen else 'training data') if name in self.new else 'never trained on'
 
 
@@ -188,12 +190,21 @@ def table(folders):
             values = [statistics.mean(measure(run.losses(n)) for n in names(run)) for run in runs if names(run)]
             return spread(values) if values else '–'
         last = [over(lambda L: L[-1], lambda run, n=n: [n] if n in run.sets else []) for n in sets]
-        rows.append([label, str(len(runs)), *last, over(lambda L: L[-1], lambda run: run.sets),
-                     over(lambda L: L[-1] - L[0], lambda run: run.old), over(lambda L: max(L) - L[0], lambda run: run.old),
+        rows.append([label, str(len(runs)), *last,
+                     over(lambda L: L[-1], lambda run: run.sets),
+                     over(lambda L: L[-1] - L[0], lambda run: run.old),
+                     over(lambda L: max(L) - L[0], lambda run: run.old),
                      over(lambda L: L[0] - L[-1], lambda run: run.new if run.seen else [])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |' for row in rows]
     return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *lines[1:]])
+
+
+def summary(folders):
+    """What a table is made of, as plain values: of every run its losses, and what made it."""
+    return [{'run': run.name, 'row': label, 'start': run.evals[0]['val'], 'end': run.evals[-1]['val'],
+             'peak': {name: max(run.losses(name)) for name in run.sets}, 'tokens': run.evals[-1]['tokens'],
+             **run.made_by} for label, runs in by_seed(folders).items() for run in runs]
 
 
 # -----------------------------------------------------------------------------
@@ -211,7 +222,7 @@ def labels(groups):
     differ = [key for key in next(iter(configs.values())) if key not in QUIET
               and len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
     def show(value):
-        return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if isinstance(value, float) else value
+        return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if type(value) is float else value
     return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:4])]) for name in groups}
 
 
@@ -248,16 +259,19 @@ def plot(folders, out):
         change = ''
         if len(groups) == 1 and first.seen:
             L = first.losses(dataset)
-            change = f'\n{L[-1] - L[0]:+.3f} nats since the start' + f' (peak {max(L) - L[0]:+.3f})' * (dataset in first.old)
-        ax.set_title(f'{dataset}: {first.role(dataset) if len(groups) == 1 else "old data" if dataset in first.old else "new data" if dataset in first.new and first.seen else "validation"}{change}', fontsize=10)
+            change = f'\n{L[-1] - L[0]:+.3f} nats since the start'
+            change += f' (peak {max(L) - L[0]:+.3f})' * (dataset in first.old)
+        role = first.role(dataset).partition(',')[0] if len(groups) > 1 else first.role(dataset)
+        ax.set_title(f'{dataset} ({role}){change}', fontsize=10)
         ax.set_ylabel('validation loss (nats per token)')
         low.set(xlabel=f'tokens of this stage ({name})'.replace(' ()', ''), ylabel='learning rate', ylim=(0, None))
         low.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         for a in (ax, low):
             a.grid(alpha=0.25)
             a.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].annotate('dotted: loss at the start of the stage', (0.98, 0.97), xycoords='axes fraction', ha='right',
-                        va='top', fontsize=8, color='0.3')
+    if first.seen:
+        fig.supxlabel('dotted: loss at the start of the stage' + ', bands: one standard deviation over seeds' *
+                      any(len(runs) > 1 for runs in groups.values()), fontsize=8, color='0.3', x=0.99, ha='right')
     if len(groups) > 1:
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     fig.savefig(out, dpi=130)
@@ -273,21 +287,27 @@ def report(folder):
 # -----------------------------------------------------------------------------
 # Command line
 
+def open_run(run, args):
+    """(checkpoint, its model, {name: (Source, windows)}) of a run, for the commands that evaluate one."""
+    state = read_checkpoint(newest_checkpoint(run))
+    config, block = state['config'], state['model']['max_position_embeddings']
+    data_dir, names = args.data_dir or config['data_dir'], args.sets or config['val_data']
+    sources = {name: data.Source(name, data.find_shards(name, 'val', data_dir, config['paths']), block)
+               for name in names}
+    data.check_compatible(sources, state['model']['vocab_size'])
+    n = config['eval_windows'] if args.windows is None else args.windows
+    return state, model_of(state).to(args.device), {k: (s, data.val_windows(s, n)) for k, s in sources.items()}
+
+
 def loss_command(args):
+    """Prints the loss on every validation set, in fp32."""
     for run in args.runs:
-        state = read_checkpoint(newest_checkpoint(run))
-        model, config = model_of(state).to(args.device), state['config']
-        block, names = state['model']['max_position_embeddings'], args.sets or config['val_data']
-        data_dir = args.data_dir or config['data_dir']
-        sources = {name: data.Source(name, data.find_shards(name, 'val', data_dir, config['paths']), block) for name in names}
-        data.check_compatible(sources, state['model']['vocab_size'])
-        windows = config['eval_windows'] if args.windows is None else args.windows
-        val_sets = {name: (source, data.val_windows(source, windows)) for name, source in sources.items()}
-        print(f'{run}, step {state["step"]:,}, {windows or "all"} windows of {block} tokens, fp32')
-        for name, row in evaluate(model, val_sets, 16, torch.autocast('cpu', enabled=False)).items():
+        state, model, val_sets = open_run(run, args)
+        print(f'{run}, step {state["step"]:,}')
+        for name, row in evaluate(model, val_sets, 16, contextlib.nullcontext()).items():
             bpb = f'{row["bpb"]:.4f} bits per byte' if row['bpb'] else 'bytes unknown'
             print(f'  {name:<16} {row["loss"]:.4f} ± {row["se"] or math.nan:.4f} nats per token   '
-                  f'perplexity {row["ppl"]:.3f}   {bpb}')
+                  f'perplexity {row["ppl"]:.3f}   {bpb}   {len(val_sets[name][1])} windows')
 
 
 def table_command(args):
@@ -295,6 +315,7 @@ def table_command(args):
     print(text)
     if args.out:
         Path(args.out).write_text(text + '\n')
+        Path(args.out).with_suffix('.json').write_text(json.dumps(summary(args.runs), indent=1) + '\n')
 
 
 def plot_command(args):
@@ -305,8 +326,8 @@ def plot_command(args):
 def sample_command(args):
     state = read_checkpoint(newest_checkpoint(args.run))
     if state['tokenizer'] not in data.TOKENIZERS:
-        raise EvalError(f'{args.run}: was trained on tokens of {state["tokenizer"] or "an unknown tokenizer"}; there are: '
-                        + ', '.join(data.TOKENIZERS))
+        raise EvalError(f'{args.run}: was trained on tokens of {state["tokenizer"] or "an unknown tokenizer"}; '
+                        f'there are: {", ".join(data.TOKENIZERS)}')
     tokenizer, model = data.TOKENIZERS[state['tokenizer']], model_of(state).to(args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     # A document follows an end-of-text, and so does the prompt.
@@ -320,13 +341,14 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    p = commands.add_parser('loss', help='loss on validation sets')
-    p.add_argument('runs', nargs='+')
-    p.add_argument('--sets', nargs='+', help='sources to evaluate on (default: those of the run)')
-    p.add_argument('--windows', type=int, help='windows of each; 0: all (default: as in the run)')
-    p.add_argument('--data_dir')
-    p.add_argument('--device', default=device)
-    p.set_defaults(command=loss_command)
+    for name, command, what in (('loss', loss_command, 'loss on validation sets'),):
+        p = commands.add_parser(name, help=what)
+        p.add_argument('runs', nargs='+')
+        p.add_argument('--sets', nargs='+', help='sources to evaluate on (default: those of the run)')
+        p.add_argument('--windows', type=int, help='windows of each; 0: all (default: as in the run)')
+        p.add_argument('--data_dir')
+        p.add_argument('--device', default=device)
+        p.set_defaults(command=command)
     for name, command, what in (('table', table_command, 'comparison as Markdown'), ('plot', plot_command, 'curves')):
         p = commands.add_parser(name, help=what)
         p.add_argument('runs', nargs='+')

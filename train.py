@@ -46,7 +46,7 @@ from model import PYTHIA, GPTNeoX, GPTNeoXConfig, check_tensors, configure_optim
 class Config:
     # --- the run ----------------------------------------------------------------------------------------
     out_dir: str = 'out/run'            # checkpoints, metrics.jsonl, config.json and the forgetting curve go here
-    init_from: str = ''                 # new stage from a run's config, run folder, checkpoint or Hugging Face directory
+    init_from: str = ''                 # new stage from a run's config or folder, checkpoint, Hugging Face directory
     branch_from: str = ''               # go on with that checkpoint's step, moments and data, under this schedule
     keep_optimizer: bool = False        # init_from with the old Adam moments; both Mila papers start with fresh ones
     overwrite: bool = False             # delete what out_dir holds and start anew
@@ -70,7 +70,7 @@ class Config:
     replay_data: dict = field(default_factory=dict)   # old data {source: weight}
     replay: float = 0.0                 # share of the samples from replay_data; total tokens stay (Ibrahim et al. 2024)
     replay_order: str = 'first-seen'    # as the first run saw them, or 'reshuffled'
-    switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; 'lr': 0.2 in place of 'step':
+    switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; with 'lr': 0.2 for 'step',
                                         # when the rate has fallen to a fifth of its peak (Parmar et al. 2024)
     val_data: list = field(default_factory=list)      # sources to evaluate on, each by itself, old ones too
 
@@ -197,7 +197,8 @@ def keep_freed_memory():
 def check(cfg, origin, world):
     """TrainError with everything that is wrong with the config by itself, before anything slow starts."""
     at_least = {0: ('vocab_size', 'batch_tokens', 'replay', 'grad_clip', 'weight_decay', 'eval_windows', 'keep_last'),
-                1: ('block_size', 'batch_size', 'micro_batch_size', 'max_steps', 'eval_every', 'log_every', 'save_every')}
+                1: ('block_size', 'batch_size', 'micro_batch_size', 'max_steps', 'eval_every', 'log_every',
+                    'save_every')}
     problems = [f'{key} = {getattr(cfg, key)}: expected at least {low}'
                 for low, keys in at_least.items() for key in keys if not getattr(cfg, key) >= low]
     choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled'), nonfinite=('stop', 'skip'),
@@ -206,6 +207,8 @@ def check(cfg, origin, world):
                  for key, allowed in choices.items() if getattr(cfg, key) not in allowed]
     problems += [f'{key} = {getattr(cfg, key)}: expected 0 <= {key} < 1' for key in ('beta1', 'beta2')
                  if not 0 <= getattr(cfg, key) < 1]
+    if problems:                                        # what follows counts with these
+        raise TrainError('\n'.join(problems))
     if not cfg.train_data:
         problems.append("train_data is empty; say what to train on: train_data = {'docs': 1.0}")
     if cfg.init_from and cfg.branch_from:
@@ -220,8 +223,8 @@ def check(cfg, origin, world):
     elif (size := rows_per_step(cfg)) % world:
         problems.append(f'the batch of {size} sequences does not divide among {world} processes; nearest that do: '
                         f'{max(1, size // world) * world} and {(size // world + 1) * world}')
-    problems += [f'{key}: no list of steps from 0 to max_steps' for key in ('milestones',)
-                 if not all(isinstance(s, int) and 0 <= s <= cfg.max_steps for s in getattr(cfg, key))]
+    if not all(isinstance(s, int) and 0 <= s <= cfg.max_steps for s in cfg.milestones):
+        problems.append(f'milestones = {cfg.milestones}: expected steps from 0 to max_steps')
     for i, switch in enumerate(cfg.switches):
         if not isinstance(switch, dict) or len({'step', 'lr'} & set(switch)) != 1 or \
                 set(switch) - {'step', 'lr', 'train_data', 'replay_data', 'replay'}:
@@ -278,8 +281,8 @@ def save_checkpoint(out_dir, state, keep_last, milestones):
     except (OSError, RuntimeError) as error:            # torch reports a full disk as a RuntimeError
         temp.unlink(missing_ok=True)
         free = shutil.disk_usage(out_dir).free / 1e9
-        raise TrainError(f'{path}: not saved ({error}); {free:.1f} GB are free. Older checkpoints are intact: make room '
-                         'and run the same command again.')
+        raise TrainError(f'{path}: not saved ({error}); {free:.1f} GB are free. Older checkpoints are intact: make '
+                         'room and run the same command again.')
     old = [p for step, p in checkpoints(out_dir).items() if step not in milestones]
     for p in old[:-keep_last] if keep_last else []:
         p.unlink()
@@ -312,8 +315,9 @@ def find_resume(cfg):
     differ = [f'{key}: {theirs.get(key)!r} there, {ours[key]!r} now' for key in ours
               if key not in FREE and theirs.get(key) != ours[key]]
     if differ:
-        raise TrainError(f'{cfg.out_dir} holds a run of another config, at step {state["step"]}:\n  ' + '\n  '.join(differ)
-                         + '\nGive this run its own out_dir, or delete that one with --overwrite=true.')
+        raise TrainError(f'{cfg.out_dir} holds a run of another config, at step {state["step"]}:\n  ' +
+                         '\n  '.join(differ) +
+                         '\nGive this run its own out_dir, or delete that one with --overwrite=true.')
     return state
 
 
@@ -359,11 +363,11 @@ def model_config(cfg, origin, parent, vocab_size):
         differ = [f'{key}: {getattr(shape, key)!r} there, {value!r} in the config' for key, value in wanted.items()
                   if getattr(shape, key) != value and not (key == 'vocab_size' and value == 0)]
         if differ:
-            raise TrainError(f'{cfg.init_from or cfg.branch_from} is a model of another size:\n  ' + '\n  '.join(differ) +
-                             '\nDrop these keys: a stage takes the shape of its parent.')
+            raise TrainError(f'{cfg.init_from or cfg.branch_from} is a model of another size:\n  ' +
+                             '\n  '.join(differ) + '\nDrop these keys: a stage takes the shape of its parent.')
         return dataclasses.replace(shape, max_position_embeddings=cfg.block_size)
-    sizes = dict(zip(('num_hidden_layers', 'hidden_size', 'num_attention_heads'), PYTHIA[cfg.model])) if cfg.model else \
-        {key: getattr(cfg, key) for key in SHAPE[:3]}
+    sizes = GPTNeoXConfig.pythia(cfg.model) if cfg.model else cfg
+    sizes = {key: getattr(sizes, key) for key in SHAPE[:3]}
     return GPTNeoXConfig(**sizes, vocab_size=cfg.vocab_size or -(-vocab_size // 128) * 128, rotary_pct=cfg.rotary_pct,
                          max_position_embeddings=cfg.block_size, hidden_act=cfg.hidden_act,
                          use_parallel_residual=cfg.use_parallel_residual)
@@ -392,30 +396,27 @@ def sources_of(cfg):
     return phases
 
 
-def check_data(cfg):
-    """DataError that lists every source without shards, those of an upstream run to be trained first included."""
+def missing_data(cfg):
+    """{source: what to say} of every source without shards, also of an upstream run that is to be trained first."""
     wanted = {(name, 'train') for _, weights in sources_of(cfg) for name, w in weights.items() if w}
     wanted |= {(name, 'val') for name in cfg.val_data}
-    problems = []
+    problems = {}
     for name, split in sorted(wanted):
         try:
             if name not in data.EMBEDDED or Path(cfg.data_dir, name).exists() or f'{name}/{split}' in cfg.paths:
                 data.find_shards(name, split, cfg.data_dir, cfg.paths)
         except data.DataError as error:
-            problems.append(str(error))
+            problems.setdefault(name, str(error))       # one command makes all splits of a source
     if (cfg.init_from or cfg.branch_from).endswith('.py') and not is_finished(up := upstream(cfg)[0]):
-        try:
-            check_data(up)
-        except data.DataError as error:
-            problems += str(error).split('\n')
-    if problems:
-        raise data.DataError('\n'.join(dict.fromkeys(problems)))
+        problems = missing_data(up) | problems
+    return problems
 
 
 def open_data(cfg, parent, mode, process):
     """({train source: Source}, {validation set: (Source, windows)}, sizes checked). Embedded corpora are built here."""
     names = {name for _, weights in sources_of(cfg) for name in weights}
-    names |= {name for _, weights in (parent or {}).get('phases', []) for name in weights} if mode == 'branch_from' else set()
+    if mode == 'branch_from':                           # what the run was fed before counts on
+        names |= {name for _, weights in parent['phases'] for name in weights}
     if process.rank == 0:
         for name in sorted((names | set(cfg.val_data)) & set(data.EMBEDDED)):
             if f'{name}/train' not in cfg.paths:
@@ -617,7 +618,8 @@ def train(cfg, origin, process, state):
         torch.cuda.set_device(process.local_rank)
     elif device == 'cpu':
         keep_freed_memory()
-    check_data(cfg)
+    if problems := missing_data(cfg):
+        raise data.DataError('\n'.join(problems.values()))
     mode, parent = ('resume', state) if state else find_parent(cfg, process)
     cfg = inherit(cfg, origin, parent, mode)
     first_step = parent['step'] if mode in ('resume', 'branch_from') else 0
@@ -636,7 +638,8 @@ def train(cfg, origin, process, state):
         raise TrainError(f'the data have changed since the checkpoint: source {changed[0]!r} was '
                          f'{state["data"].get(changed[0])}, is {prints[changed[0]]}. Put the old shards back, or '
                          'start anew with --overwrite=true.')
-    phases = parent['phases'] if mode == 'resume' else resolve_phases(cfg, lr, first_step, parent if first_step else None)
+    phases = parent['phases'] if mode == 'resume' else \
+        resolve_phases(cfg, lr, first_step, parent if mode == 'branch_from' else None)
     mixture = data.Mixture(sources, phases)
 
     # --- the batch, the model ----------------------------------------------------------------------------------
@@ -648,12 +651,14 @@ def train(cfg, origin, process, state):
     tokenizers = {data.tokenizer_hash(name): name for name in data.TOKENIZERS}
     tokenizer = next((tokenizers.get(shard.tokenizer) for shard in shards if shard.tokenizer), None)
     tokens_per_step, flops = rows * cfg.block_size, model.flops_per_token()
-    peak = next((f for name, f in PEAK_FLOPS.items() if device == 'cuda' and name in torch.cuda.get_device_name()), None)
+    gpu = torch.cuda.get_device_name() if device == 'cuda' else ''
+    peak = next((f for name, f in PEAK_FLOPS.items() if name in gpu), None)
 
     def snapshot(step):
         return {'step': step, 'config': given, 'model': dataclasses.asdict(shape), 'weights': model.state_dict(),
                 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'phases': phases, 'data': prints,
-                'keys': seen | {name: str(source.key) for name, source in sources.items()}, 'seen': stages, 'tokenizer': tokenizer}
+                'keys': seen | {name: str(source.key) for name, source in sources.items()}, 'seen': stages,
+                'tokenizer': tokenizer}
 
     if rank == 0:
         derived = {'start': mode, 'first_step': first_step, 'parameters': model.num_params(), 'processes': world,
@@ -667,7 +672,8 @@ def train(cfg, origin, process, state):
                disable=rank > 0 or None, dynamic_ncols=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle_signal)
-    step, saved, skipped, busy, logged, stop = first_step, first_step if mode == 'resume' else None, 0, 0.0, first_step, False
+    step, logged, busy, skipped, stop = first_step, first_step, 0.0, 0, False
+    saved = first_step if mode == 'resume' else None    # the step whose checkpoint is on disk already
     while True:
         # --- save, evaluate, stop: before the step, so that the first and the last weights are seen too --------
         due = step > first_step and step % cfg.save_every == 0 or step in cfg.milestones or step == cfg.max_steps
@@ -688,10 +694,8 @@ def train(cfg, origin, process, state):
         for group in optimizer.param_groups:
             group['lr'] = lr(step)
         for a in range(accumulation):
-            x, y = (torch.from_numpy(t) for t in mixture.batch(data.rows(step, rows, rank, world, micro, a)))   # (B, T)
-            if device == 'cuda':
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            batch = map(torch.from_numpy, mixture.batch(data.rows(step, rows, rank, world, micro, a)))
+            x, y = ((t.pin_memory() if device == 'cuda' else t).to(device, non_blocking=True) for t in batch)   # (B, T)
             last = world == 1 or a == accumulation - 1  # gradients are exchanged once, with the last micro-step
             with contextlib.nullcontext() if last else forward.no_sync():
                 with autocast:
@@ -708,9 +712,9 @@ def train(cfg, origin, process, state):
         scaling = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(loss)
         if not finite and not scaling and (cfg.nonfinite == 'stop' or skipped > MAX_SKIPS):
             raise TrainError(
-                f'step {step:,}: loss {loss}, gradient norm {norm}, at learning rate {lr(step):.3g}; the weights were not '
-                f'updated. Newest checkpoint in {cfg.out_dir}: step {max(checkpoints(cfg.out_dir), default="none")}. Lower '
-                'learning_rate, lengthen warmup, look at the data, or pass --nonfinite=skip.')
+                f'step {step:,}: loss {loss}, gradient norm {norm}, at learning rate {lr(step):.3g}; the weights were '
+                f'not updated. Newest checkpoint in {cfg.out_dir}: {max(checkpoints(cfg.out_dir), default="none")}. '
+                'Lower learning_rate, lengthen warmup, look at the data, or pass --nonfinite=skip.')
         if finite or scaling:
             scaler.step(optimizer)
             scaler.update()
@@ -722,8 +726,9 @@ def train(cfg, origin, process, state):
         if rank == 0 and (step % cfg.log_every == 0 or step in (first_step + 1, cfg.max_steps) or not finite):
             speed = tokens_per_step * (step - logged) / busy
             record.write('train', step=step, tokens=step * tokens_per_step, loss=loss, lr=lr(step - 1), grad_norm=norm,
-                         tokens_per_s=round(speed), samples=mixture.counts(step * rows), **({} if finite else {'skipped': True}))
-            used = f' mfu {speed * flops / world / peak:.0%}' if peak else ''      # 6 N + 12 L C T over the bf16 peak
+                         tokens_per_s=round(speed), samples=mixture.counts(step * rows),
+                         **({} if finite else {'skipped': True}))
+            used = f' mfu {speed * flops / world / peak:.0%}' if peak else ''      # 6 N + 12 L C T over the peak
             bar.set_postfix_str(f'loss {loss:.3f} lr {lr(step - 1):.2e} {speed:,.0f} tok/s{used}', refresh=False)
             busy, logged = 0.0, step
         bar.update()
@@ -743,10 +748,10 @@ def check_upstream_size(cfg):
         if flops > UPSTREAM_FLOPS:
             name = cfg.init_from or cfg.branch_from
             raise TrainError(
-                f'{name} has not been trained: no {up.out_dir}/ckpt_{up.max_steps:08d}.pt. It takes {flops:.0e} FLOPs, too '
-                f'much to start on the side. Run it first:\n  torchrun --nproc_per_node=8 train.py {name}\nor start from '
-                'released weights: --init_from=DIRECTORY, for example of\n  hf download EleutherAI/pythia-410m --local-dir '
-                'weights/pythia-410m')
+                f'{name} has not been trained: no {up.out_dir}/ckpt_{up.max_steps:08d}.pt. It takes {flops:.0e} FLOPs, '
+                f'too much to start on the side. Run it first:\n  torchrun --nproc_per_node=8 train.py {name}\nor '
+                'start from released weights:\n  hf download EleutherAI/pythia-410m --local-dir weights/pythia-410m\n'
+                'and --init_from=weights/pythia-410m')
 
 
 def main(argv):
@@ -763,6 +768,8 @@ def main(argv):
     except Stopped as stopped:
         say(stopped)
         code = 0
+    except KeyboardInterrupt:                           # before the first step: there is nothing to save
+        code = 130
     except (ValueError, OSError) as error:
         if type(error) is ValueError:                   # a fault of the program: show where
             raise

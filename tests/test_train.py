@@ -334,7 +334,7 @@ def test_two_processes_are_one(config, forked, micro):
     changes = dict(train_data={'new': 1.0}, replay_data={'old': 1.0}, replay=0.3, micro_batch_size=micro)
     assert forked([config('one', **changes)])[0] == [0]
     one = trained_on(1)
-    assert forked([config('two', **changes)], world=2) == ([0, 0], '')
+    assert forked([config('two', **changes)], world=2)[0] == [0, 0]
     assert trained_on(2) == one and sorted(one) == list(range(80))
     np.testing.assert_allclose(losses('out/two'), losses('out/one'), rtol=1e-5)
     for a, b in zip(metrics('out/one', 'train'), metrics('out/two', 'train'), strict=True):
@@ -348,7 +348,7 @@ def test_a_run_of_one_process_goes_on_with_two(config, forked, monkeypatch):
     ends_well(config('whole'))
     name = config('a')
     crash([name], 12, monkeypatch)
-    assert forked([name], world=2) == ([0, 0], '')
+    assert forked([name], world=2)[0] == [0, 0]
     assert sorted(trained_on(2)) == list(range(40, 80))             # from the checkpoint of step 10
     np.testing.assert_allclose(losses('out/a'), losses('out/whole'), rtol=1e-5)
 
@@ -356,9 +356,9 @@ def test_a_run_of_one_process_goes_on_with_two(config, forked, monkeypatch):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, forked):
     name = config('a', eval_windows=1)                              # and a rank without a window to evaluate
     codes, err = forked([name], world=2, at=('batch', 7), signals=[signal.SIGTERM], rank=1)
-    assert codes == [0, 0] and not err
+    assert codes == [0, 0] and 'Traceback' not in err
     assert max(eval.checkpoints('out/a')) == 7
-    assert forked([name], world=2) == ([0, 0], '')
+    assert forked([name], world=2)[0] == [0, 0]
     assert [row['step'] for row in metrics('out/a', 'train')] == list(range(1, 21))
 
 

@@ -8,7 +8,6 @@ export OMP_NUM_THREADS=1            # two runs side by side on a thread each bea
 for s in 1 2 3; do
     echo config/pretrain_docs.py --out_dir=out/pretrain_docs_seed$s --seed=$s
     echo config/scratch_code.py --out_dir=out/scratch_code_seed$s --seed=$s
-    echo config/union_docs_code.py --out_dir=out/union_docs_code_seed$s --seed=$s
 done | xargs -P 2 -L 1 python train.py
 
 for s in 1 2 3; do
@@ -17,6 +16,10 @@ for s in 1 2 3; do
     echo config/rewarm_docs_code.py --out_dir=out/rewarm_replay5_seed$s --init_from=$old --seed=$s
     echo config/constant_docs_code.py --out_dir=out/constant_replay5_seed$s --init_from=$old --seed=$s
     echo config/constant_docs_code.py --out_dir=out/constant_replay0_seed$s --init_from=$old --seed=$s --replay=0
+done | xargs -P 2 -L 1 python train.py
+
+for s in 1 2 3; do
+    echo config/union_docs_code.py --out_dir=out/union_docs_code_seed$s --seed=$s
 done | xargs -P 2 -L 1 python train.py
 
 here=results/first_curve
