@@ -27,6 +27,7 @@ import re
 import statistics
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import GPTNeoX, GPTNeoXConfig, ModelError
+from model import GPTNeoX, GPTNeoXConfig, ModelError, check_tensors
 
 
 class EvalError(ValueError):
@@ -60,7 +61,8 @@ def read_checkpoint(path):
         if broken := zipfile.ZipFile(path).testzip():
             raise EvalError(f'{path}: {broken} fails its checksum. {hint}')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError, RuntimeError, EOFError,
+            pickle.UnpicklingError) as error:           # each of them met when bits of a file were flipped
         raise EvalError(f'{path}: cannot be loaded ({(str(error).splitlines() or [type(error).__name__])[0]}). {hint}')
     if not isinstance(state, dict) or not {'weights', 'model', 'config', 'step'} <= set(state):
         raise EvalError(f'{path}: holds no run. {hint}')
@@ -76,9 +78,10 @@ def newest_checkpoint(run):
     return found[max(found)]
 
 
-def model_of(state):
-    """The GPTNeoX of a checkpoint, on the CPU."""
+def model_of(state, path):
+    """The GPTNeoX of the checkpoint read from path, on the CPU."""
     model = GPTNeoX(GPTNeoXConfig(**state['model']))
+    check_tensors(state['weights'], model.state_dict(), path)
     model.load_state_dict(state['weights'])
     return model
 
@@ -115,7 +118,7 @@ def evaluate(model, val_sets, batch, autocast, rank=0, world=1, stopped=lambda: 
                 _, losses = model(tokens[:, :-1], tokens[:, 1:], reduction='none')                          # (B, T)
             losses = losses.cpu().double().mean(dim=1)                                                      # (B,)
             sums = [a + b for a, b in zip(sums, (len(losses), losses.sum().item(), (losses ** 2).sum().item()))]
-        n, total, squares, stops = add_up([*sums, float(stopped())])
+        n, total, squares, stops = add_up([*sums, float(bool(stopped()))])
         if stops:
             return None
         loss = total / n
@@ -161,6 +164,14 @@ class Run:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
             return f'old data, {100 * share:.3g}% replay'
         return ('new data' if self.seen else 'training data') if name in self.new else 'never trained on'
+
+
+def is_evaluated(folder, step):
+    """Whether a run has got as far as its evaluation at that step."""
+    try:
+        return Run(folder).evals[-1]['step'] == step
+    except EvalError:
+        return False
 
 
 def by_seed(folders):
@@ -242,6 +253,8 @@ def plot(folders, out):
     groups = by_seed(folders)
     names, first = labels(groups), next(iter(groups.values()))[0]
     sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets), key=lambda n: n in first.new)
+    if not sets:
+        raise EvalError(f'{" ".join(map(str, folders))}: nothing to draw, val_data was empty')
     fig, axes = plt.subplots(2, len(sets), figsize=(4.6 * len(sets) + 1, 4.8), sharex='col', squeeze=False,
                              height_ratios=(3, 1), layout='constrained')
     largest = max(runs[0].evals[-1]['tokens'] for runs in groups.values())
@@ -280,6 +293,8 @@ def plot(folders, out):
 
 def report(folder):
     """At the end of a run: draw its curve, return its row."""
+    if not Run(folder).sets:
+        return f'{folder}: no val_data, hence no forgetting curve'
     plot([folder], Path(folder, 'forgetting.png'))
     return f'\n{table([folder])}\n\n{Path(folder, "forgetting.png")}: its forgetting curve'
 
@@ -289,6 +304,8 @@ def report(folder):
 
 def open_run(run, args):
     """(checkpoint, its model, {name: (Source, windows)}) of a run, for the commands that evaluate one."""
+    if args.windows is not None and args.windows < 0:
+        raise EvalError(f'--windows {args.windows}: expected 0 (all) or more')
     state = read_checkpoint(newest_checkpoint(run))
     config, block = state['config'], state['model']['max_position_embeddings']
     data_dir, names = args.data_dir or config['data_dir'], args.sets or config['val_data']
@@ -296,7 +313,7 @@ def open_run(run, args):
                for name in names}
     data.check_compatible(sources, state['model']['vocab_size'])
     n = config['eval_windows'] if args.windows is None else args.windows
-    return state, model_of(state).to(args.device), {k: (s, data.val_windows(s, n)) for k, s in sources.items()}
+    return state, model_of(state, run).to(args.device), {k: (s, data.val_windows(s, n)) for k, s in sources.items()}
 
 
 def loss_command(args):
@@ -319,8 +336,10 @@ def table_command(args):
 
 
 def plot_command(args):
-    plot(args.runs, args.out or 'forgetting.png')
-    print(args.out or 'forgetting.png')
+    if not args.out.endswith('.png'):
+        raise EvalError(f'--out {args.out}: expected a name that ends in .png')
+    plot(args.runs, args.out)
+    print(args.out)
 
 
 def sample_command(args):
@@ -328,7 +347,7 @@ def sample_command(args):
     if state['tokenizer'] not in data.TOKENIZERS:
         raise EvalError(f'{args.run}: was trained on tokens of {state["tokenizer"] or "an unknown tokenizer"}; '
                         f'there are: {", ".join(data.TOKENIZERS)}')
-    tokenizer, model = data.TOKENIZERS[state['tokenizer']], model_of(state).to(args.device)
+    tokenizer, model = data.TOKENIZERS[state['tokenizer']], model_of(state, args.run).to(args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     # A document follows an end-of-text, and so does the prompt.
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]], device=args.device)
@@ -349,10 +368,11 @@ def main(argv):
         p.add_argument('--data_dir')
         p.add_argument('--device', default=device)
         p.set_defaults(command=command)
-    for name, command, what in (('table', table_command, 'comparison as Markdown'), ('plot', plot_command, 'curves')):
+    for name, command, what, out in (('table', table_command, 'comparison as Markdown', None),
+                                     ('plot', plot_command, 'forgetting curves', 'forgetting.png')):
         p = commands.add_parser(name, help=what)
         p.add_argument('runs', nargs='+')
-        p.add_argument('--out')
+        p.add_argument('--out', default=out)
         p.set_defaults(command=command)
     p = commands.add_parser('sample', help='generate text')
     p.add_argument('run')

@@ -205,6 +205,7 @@ def check(cfg, origin, world):
                    device=('auto', 'cuda', 'mps', 'cpu'), dtype=('auto', 'bf16', 'fp16', 'fp32'))
     problems += [f'{key} = {getattr(cfg, key)!r}: expected one of {", ".join(map(repr, allowed))}'
                  for key, allowed in choices.items() if getattr(cfg, key) not in allowed]
+    problems += [f'eps = {cfg.eps}: expected above 0'] * (not cfg.eps > 0)
     problems += [f'{key} = {getattr(cfg, key)}: expected 0 <= {key} < 1' for key in ('beta1', 'beta2')
                  if not 0 <= getattr(cfg, key) < 1]
     if problems:                                        # what follows counts with these
@@ -225,8 +226,13 @@ def check(cfg, origin, world):
                         f'{max(1, size // world) * world} and {(size // world + 1) * world}')
     if not all(isinstance(s, int) and 0 <= s <= cfg.max_steps for s in cfg.milestones):
         problems.append(f'milestones = {cfg.milestones}: expected steps from 0 to max_steps')
+    if not all(isinstance(name, str) for name in cfg.val_data):
+        problems.append(f'val_data = {cfg.val_data}: expected names of sources')
+    problems += [f'paths[{name!r}] = {where!r}: expected a pattern, or a list of them' for name, where in cfg.paths.items()
+                 if not all(isinstance(p, str) for p in (where if isinstance(where, list) else [where]))]
     for i, switch in enumerate(cfg.switches):
         if not isinstance(switch, dict) or len({'step', 'lr'} & set(switch)) != 1 or \
+                not isinstance(switch.get('step', switch.get('lr')), (int, float)) or \
                 set(switch) - {'step', 'lr', 'train_data', 'replay_data', 'replay'}:
             problems.append(f"switches[{i}] = {switch}: expected 'step' or 'lr', and what changes of "
                             'train_data, replay_data and replay')
@@ -305,10 +311,7 @@ def find_resume(cfg):
     """The state to go on from, or None for a start. TrainError when out_dir holds another run."""
     for stale in Path(cfg.out_dir).glob('*.tmp'):       # of a killed save
         stale.unlink()
-    if cfg.overwrite:
-        for path in [*checkpoints(cfg.out_dir).values(), *Path(cfg.out_dir).glob('*.corrupt')]:
-            path.unlink()
-    state = newest(cfg.out_dir)
+    state = None if cfg.overwrite else newest(cfg.out_dir)
     if state is None:
         return None
     ours, theirs = dataclasses.asdict(cfg), state['config']
@@ -537,7 +540,8 @@ def run(cfg, origin, process):
         resume_step = from_rank_0(state and state['step'])
         if resume_step is not None and process.rank:
             state = read_checkpoint(checkpoints(cfg.out_dir)[resume_step])
-        if resume_step == cfg.max_steps:
+        done = resume_step == cfg.max_steps and process.rank == 0 and eval.is_evaluated(cfg.out_dir, resume_step)
+        if from_rank_0(done):
             say(f'{cfg.out_dir}: finished already, at step {resume_step:,}')
         else:
             train(cfg, origin, process, state)
@@ -559,10 +563,11 @@ def inherit(cfg, origin, parent, mode):
     """The config with what a stage takes over from its parent. TrainError where it says otherwise."""
     if parent and origin['block_size'] == 'default':
         cfg = dataclasses.replace(cfg, block_size=parent['model']['max_position_embeddings'])
-    if mode != 'branch_from':
+    if mode not in ('resume', 'branch_from'):
         return cfg
-    was = {key: parent['config'][key] for key in ('seed', 'batch_size', 'batch_tokens')}
-    was['block_size'] = parent['model']['max_position_embeddings']
+    was = parent['batch'] | {'block_size': parent['model']['max_position_embeddings']}
+    if mode == 'resume':                                # perhaps of a branch, which had inherited these
+        return dataclasses.replace(cfg, **was)
     if differ := [f'{key}: {value!r} there, {getattr(cfg, key)!r} here' for key, value in was.items()
                   if origin[key] != 'default' and getattr(cfg, key) != value]:
         raise TrainError('branch_from goes on with the data where that run was, so these must agree:\n  ' +
@@ -620,14 +625,16 @@ def train(cfg, origin, process, state):
         keep_freed_memory()
     if problems := missing_data(cfg):
         raise data.DataError('\n'.join(problems.values()))
+    lr = schedules.build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate, **given)
+    if not cfg.branch_from:
+        resolve_phases(cfg, lr, 0, None)                # its errors, before an upstream run is trained
     mode, parent = ('resume', state) if state else find_parent(cfg, process)
     cfg = inherit(cfg, origin, parent, mode)
     first_step = parent['step'] if mode in ('resume', 'branch_from') else 0
     seen = (parent or {}).get('keys', {})               # {source: key of its order}, of this run or earlier stages
     stages = state['seen'] if state else sorted(seen)   # sources that earlier stages were trained on
 
-    # --- schedule and data: all of it known before the first step --------------------------------------------
-    lr = schedules.build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate, **given)
+    # --- data: all of it known before the first step -----------------------------------------------------------
     sources, val_sets = open_data(cfg, parent, mode, process)
     shards = [shard for source in sources.values() for shard in source.shards]
     shape = model_config(cfg, origin, parent, max(shard.vocab_size or 50304 for shard in shards))
@@ -656,6 +663,7 @@ def train(cfg, origin, process, state):
 
     def snapshot(step):
         return {'step': step, 'config': given, 'model': dataclasses.asdict(shape), 'weights': model.state_dict(),
+                'batch': {key: getattr(cfg, key) for key in ('seed', 'batch_size', 'batch_tokens')},
                 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'phases': phases, 'data': prints,
                 'keys': seen | {name: str(source.key) for name, source in sources.items()}, 'seen': stages,
                 'tokenizer': tokenizer}
@@ -666,6 +674,9 @@ def train(cfg, origin, process, state):
                    'micro_batch': micro, 'accumulation': accumulation, 'device': device, 'seen': stages,
                    'dtype': str(dtype).removeprefix('torch.'), 'phases': phases, 'model': dataclasses.asdict(shape),
                    'schedule': [row._asdict() for row in lr.phases]}
+        if mode != 'resume':                            # what overwrite gives up, now that all else is known to be well
+            for path in [*checkpoints(cfg.out_dir).values(), *Path(cfg.out_dir).glob('*.corrupt')]:
+                path.unlink()
         announce(cfg, origin, derived, lr, mixture)
         record = Record(cfg, first_step if mode == 'resume' else 0)
     bar = tqdm(total=cfg.max_steps, initial=first_step, desc=Path(cfg.out_dir).name, unit='step', mininterval=0.5,
@@ -681,8 +692,9 @@ def train(cfg, origin, process, state):
             if rank == 0:
                 save_checkpoint(cfg.out_dir, snapshot(step), cfg.keep_last, cfg.milestones)
             saved = step
-        if not stop and (step % cfg.eval_every == 0 or step in (first_step, cfg.max_steps)):
-            val = evaluate(model, val_sets, micro, autocast, rank, world, lambda: bool(stop_signals))
+        if step == cfg.max_steps or not stop and (step % cfg.eval_every == 0 or step == first_step):
+            # The last evaluation is never cut short: no later one would make up for it.
+            val = evaluate(model, val_sets, micro, autocast, rank, world, lambda: stop_signals and step < cfg.max_steps)
             if val is not None and rank == 0:
                 record.write('eval', step=step, tokens=step * tokens_per_step, lr=lr(step), val=val)
                 bar.write(f'step {step:,}: ' + '  '.join(f'{name} {row["loss"]:.4f}' for name, row in val.items()))
@@ -717,7 +729,7 @@ def train(cfg, origin, process, state):
                 'Lower learning_rate, lengthen warmup, look at the data, or pass --nonfinite=skip.')
         if finite or scaling:
             scaler.step(optimizer)
-            scaler.update()
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         busy += time.perf_counter() - began
