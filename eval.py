@@ -214,6 +214,7 @@ def table(folders):
 def summary(folders):
     """What a table is made of, as plain values: of every run its losses, and what made it."""
     return [{'run': run.name, 'row': label, 'start': run.evals[0]['val'], 'end': run.evals[-1]['val'],
+             'best': {name: min(run.losses(name)) for name in run.sets},
              'peak': {name: max(run.losses(name)) for name in run.sets}, 'tokens': run.evals[-1]['tokens'],
              **run.made_by} for label, runs in by_seed(folders).items() for run in runs]
 

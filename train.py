@@ -208,8 +208,6 @@ def check(cfg, origin, world):
     problems += [f'eps = {cfg.eps}: expected above 0'] * (not cfg.eps > 0)
     problems += [f'{key} = {getattr(cfg, key)}: expected 0 <= {key} < 1' for key in ('beta1', 'beta2')
                  if not 0 <= getattr(cfg, key) < 1]
-    if problems:                                        # what follows counts with these
-        raise TrainError('\n'.join(problems))
     if not cfg.train_data:
         problems.append("train_data is empty; say what to train on: train_data = {'docs': 1.0}")
     if cfg.init_from and cfg.branch_from:
@@ -218,17 +216,18 @@ def check(cfg, origin, world):
         problems.append('keep_optimizer goes with init_from')
     if cfg.model and (sizes := [key for key in SHAPE[:3] if origin[key] != 'default']):
         problems.append(f'model = {cfg.model!r} sets {", ".join(sizes)} too; give one or the other')
-    if cfg.batch_tokens and (cfg.batch_tokens % cfg.block_size or origin['batch_size'] != 'default'):
+    if cfg.batch_tokens and (cfg.batch_tokens % max(1, cfg.block_size) or origin['batch_size'] != 'default'):
         problems.append(f'batch_tokens = {cfg.batch_tokens}: expected a multiple of block_size = {cfg.block_size}, '
                         'and no batch_size beside it')
-    elif (size := rows_per_step(cfg)) % world:
+    elif cfg.block_size > 0 and (size := rows_per_step(cfg)) % world:
         problems.append(f'the batch of {size} sequences does not divide among {world} processes; nearest that do: '
                         f'{max(1, size // world) * world} and {(size // world + 1) * world}')
     if not all(isinstance(s, int) and 0 <= s <= cfg.max_steps for s in cfg.milestones):
         problems.append(f'milestones = {cfg.milestones}: expected steps from 0 to max_steps')
     if not all(isinstance(name, str) for name in cfg.val_data):
         problems.append(f'val_data = {cfg.val_data}: expected names of sources')
-    problems += [f'paths[{name!r}] = {where!r}: expected a pattern, or a list of them' for name, where in cfg.paths.items()
+    problems += [f'paths[{name!r}] = {where!r}: expected a pattern, or a list of them'
+                 for name, where in cfg.paths.items()
                  if not all(isinstance(p, str) for p in (where if isinstance(where, list) else [where]))]
     for i, switch in enumerate(cfg.switches):
         if not isinstance(switch, dict) or len({'step', 'lr'} & set(switch)) != 1 or \
@@ -501,7 +500,8 @@ class Record:
             self.mirrors.append(lambda flat, step: [writer.add_scalar(k, v, step) for k, v in flat.items()])
 
     def write(self, event, **values):
-        self.file.write(json.dumps({'event': event, **values}) + '\n')
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps({'event': event, **values}) + '\n')     # strict JSON has no NaN
         flat = {f'{event}/{key}': value for key, value in values.items() if isinstance(value, float)}
         flat |= {f'val/{name}/{key}': x for name, row in values.get('val', {}).items() for key, x in row.items()
                  if x is not None}
@@ -524,7 +524,7 @@ def provenance():
     return {'command': ' '.join(sys.argv), 'commit': commit, 'python': platform.python_version(),
             'torch': str(torch.__version__), 'numpy': np.__version__, 'machine': platform.platform(),
             'threads': torch.get_num_threads(),
-            'device': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'cpu'}
+            'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}
 
 
 # -----------------------------------------------------------------------------
@@ -547,6 +547,7 @@ def run(cfg, origin, process):
             train(cfg, origin, process, state)
         if process.rank == 0:
             print(eval.report(cfg.out_dir))
+        from_rank_0(None)                               # all leave together
         return checkpoints(cfg.out_dir)[cfg.max_steps]
     finally:
         if held:
@@ -596,7 +597,9 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     forward = torch.compile(model) if cfg.compile else model
     if process.world > 1:
         ids = [process.local_rank] if device == 'cuda' else None
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+        DDP = torch.nn.parallel.DistributedDataParallel
+        DDP._set_params_and_buffers_to_ignore_for_model(forward, ['cos', 'sin'])    # alike already: nothing to exchange
+        forward = DDP(forward, device_ids=ids)
     return model, forward, optimizer, scaler
 
 
@@ -605,10 +608,11 @@ def announce(cfg, origin, derived, lr, mixture):
     given, (total, rows) = dataclasses.asdict(cfg), (cfg.max_steps * rows_per_step(cfg), rows_per_step(cfg))
     facts = {key: f'{value:,}' if isinstance(value, int) else value for key, value in derived.items()
              if key not in ('phases', 'schedule', 'model')}
-    print(configurator.render(given, origin), *(f'{key}: {value}' for key, value in facts.items()), '',
+    made_by = provenance()
+    print(configurator.render(given, origin), *(f'{key}: {value}' for key, value in (facts | made_by).items()), '',
           schedules.table(lr), '', describe_data(mixture, derived['phases'], total, rows), '', sep='\n', flush=True)
     temp = Path(cfg.out_dir, 'config.json.tmp')
-    temp.write_text(json.dumps({'config': given, 'origin': origin, 'derived': derived, **provenance()}, indent=1))
+    temp.write_text(json.dumps({'config': given, 'origin': origin, 'derived': derived, **made_by}, indent=1))
     os.replace(temp, Path(cfg.out_dir, 'config.json'))
 
 
@@ -747,7 +751,6 @@ def train(cfg, origin, process, state):
     bar.close()
     if step < cfg.max_steps:
         raise Stopped(f'{cfg.out_dir}: stopped at step {step:,} of {cfg.max_steps:,}, saved; the same command goes on')
-    from_rank_0(None)                                   # nobody reads the final checkpoint before it is there
 
 
 def check_upstream_size(cfg):
