@@ -53,7 +53,7 @@ class Config:
     seed: int = 1337                    # of the initial weights and the order of the data
 
     # --- model ------------------------------------------------------------------------------------------
-    model: str = ''                     # a Pythia size, '14m' to '12b', in place of the next four
+    model: str = ''                     # a Pythia size, '14m' to '12b', in place of the next three
     hidden_size: int = 192              # width C
     num_hidden_layers: int = 4
     num_attention_heads: int = 6        # H; head size D = C / H
@@ -467,6 +467,8 @@ def describe_data(mixture, phases, total, rows):
         if n > len(source):                             # counts only grow: the first sample of the second epoch
             g = bisect.bisect_right(range(total), len(source), key=lambda g: mixture.counts(g)[name])
             line += f'   read once by step {g // rows:,}, then again in a new order'
+        if short := int((source.ends == source.starts).sum()):
+            line += f'   {short:,} of {len(source.shards):,} shards are shorter than a window, and left out'
         lines.append(line)
     return '\n'.join(lines + [f'starts at step {start // rows:,}: ' + ', '.join(
         f'{name} {float(Fraction(w)):.4g}' for name, w in weights.items()) for start, weights in phases[1:]])
