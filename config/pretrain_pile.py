@@ -3,11 +3,12 @@
     torchrun --nproc_per_node=8 train.py config/pretrain_pile.py
 
 For a node of 8 large GPUs or more (300 billion tokens, 8e20 FLOPs). Expect a validation loss of 2.17 nats per token of
-the GPT-NeoX-20B tokenizer (Ibrahim et al., Table 3, 405M). Released Pythia-410M weights are the other way to such a model.
+the GPT-NeoX-20B tokenizer (Ibrahim et al., Table 3, 405M). Released Pythia-410M weights are the other way to such a
+model.
 """
 out_dir = 'out/pretrain_pile'
 
-model = '410m'                      # Gupta et al. 1.1 and Ibrahim et al.: 24 layers x 1024, 16 heads, rotary on a quarter
+model = '410m'                      # both papers: 24 layers x 1024, 16 heads, rotary on a quarter
 block_size = 2048                   # both
 vocab_size = 50304                  # both: the 50,277 tokens of GPT-NeoX-20B, padded to a multiple of 128
 

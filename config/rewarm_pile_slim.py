@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py config/rewarm_pile_slim.py
 
-Starts from config/pretrain_pile.py, or from released weights: --init_from=weights/pythia-410m (Gupta et al.). For a node
-of 8 large GPUs or more. Expect, at the end (Ibrahim et al., Table 2, 405M): Pile 2.23, SlimPajama 2.51; without replay
-2.44 and 2.50. Tokens are those of GPT-NeoX-20B there; `data.py prepare` makes bytes, and losses per byte.
+Starts from config/pretrain_pile.py, or from released weights: --init_from=weights/pythia-410m (Gupta et al.). For a
+node of 8 large GPUs or more. Expect, at the end (Ibrahim et al., Table 2, 405M): Pile 2.23, SlimPajama 2.51; without
+replay 2.44 and 2.50. Those are tokens of GPT-NeoX-20B: bring shards of them (`paths`); `data.py prepare` makes bytes.
 """
 out_dir = 'out/rewarm_pile_slim'
 init_from = 'config/pretrain_pile.py'
@@ -13,7 +13,7 @@ block_size = 2048
 
 train_data = {'slimpajama': 1.0}    # sampled in proportion to tokens (Ibrahim et al., Table 1)
 replay_data = {'pile': 1.0}
-replay = 0.05                       # Ibrahim et al.: enough for this shift (Table 2: 0, 0.5, 1, 5, 10, 50%). Gupta et al.: 0
+replay = 0.05                       # Ibrahim et al.: enough here (Table 2: 0, 0.5, 1, 5, 10, 50%); Gupta et al.: 0
 val_data = ['pile', 'slimpajama']
 
 batch_size = 1104                   # x 2048 = 2,260,992 tokens; both papers
