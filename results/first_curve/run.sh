@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first forgetting curve and its baselines, three seeds each. About 35 minutes on 2 CPU cores. A run that is finished
+# The first forgetting curve and its baselines, three seeds each. About 40 minutes on 2 CPU cores. A run that is finished
 # is skipped, one that was cut off goes on, so this may be stopped and started at will.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
