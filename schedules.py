@@ -51,7 +51,10 @@ def constant(steps, peak, warmup=0):
 
 
 def cosine(steps, peak, min_lr, warmup=0):
-    """eta = min_lr + (peak - min_lr)/2 * (1 + cos(pi*(t - W)/(T - W)))  (Ibrahim et al. eq. 2; NeoX now)."""
+    """eta = min_lr + (peak - min_lr)/2 * (1 + cos(pi*(t - W)/(T - W)))  (Ibrahim et al. eq. 2; NeoX now).
+
+    Parmar et al.: peak = the old run's final rate, min_lr = peak/100, warmup = 0.
+    """
     W = in_steps(warmup, steps)
     return [ramp(peak, W),
             Phase('decay', steps - W, lambda u: min_lr + (peak - min_lr) / 2 * (1 + np.cos(np.pi * u)))]
@@ -77,18 +80,72 @@ def linear(steps, peak, min_lr, warmup=0):
     return [ramp(peak, W), Phase('decay', steps - W, lambda u: peak + (min_lr - peak) * u)]
 
 
-def wsd(steps, peak, min_lr, warmup=0, decay=0.1):
-    """Warmup-stable-decay (Hu et al.), its decay linear: eta = peak + (min_lr - peak) * (t - (T - D))/D.
+DECAYS = {      # from 1 to 0 over u
+    'linear': lambda u: 1 - u,
+    'cosine': lambda u: (1 + np.cos(np.pi * u)) / 2,
+    '1-sqrt': lambda u: 1 - np.sqrt(u)}                     # Haegele et al. 2024, arXiv:2405.18392
 
-    The stable part fixes no budget: branch from any checkpoint of it, with a decay of its own.
+
+def wsd(steps, peak, min_lr, warmup=0, decay=0.1, decay_shape='linear'):
+    """Warmup-stable-decay (Hu et al.): eta = min_lr + (peak - min_lr) * f(u) over the last `decay` steps.
+
+    decay_shape: f of DECAYS, or 'exponential': eta = peak * (min_lr/peak)^u. The stable part fixes no budget:
+    branch from any checkpoint of it, with a decay of its own.
     """
     W, D = in_steps(warmup, steps), in_steps(decay, steps)
-    return [ramp(peak, W), Phase('stable', steps - W - D, lambda u: peak),
-            Phase('decay', D, lambda u: peak + (min_lr - peak) * u)]
+    if decay_shape not in (*DECAYS, 'exponential'):
+        raise ScheduleError(f'decay_shape is {decay_shape!r}; there are: {", ".join(DECAYS)}, exponential')
+    f = DECAYS.get(decay_shape)
+    fall = (lambda u: min_lr + (peak - min_lr) * f(u)) if f else (lambda u: geometric(peak, min_lr, u))
+    return [ramp(peak, W), Phase('stable', steps - W - D, lambda u: peak), Phase('decay', D, fall)]
+
+
+def geometric(start, end, u):
+    """start * (end/start)^u, which falls by the same factor every step."""
+    return start ** (1 - u) * end ** u
+
+
+def infinite(cool, steps, peak, min_lr, constant_lr, warmup, cooldown, anneal):
+    # cooldown and anneal say where the cooldown ends and where the anneal begins: a step, or a fraction of the run.
+    W, C, A = (in_steps(x, steps) for x in (warmup, cooldown, anneal))
+    phases = [ramp(peak, W), Phase('cooldown', C - W, cool), Phase('constant', A - C, lambda u: constant_lr),
+              Phase('anneal', steps - A, lambda u: geometric(constant_lr, min_lr, u))]
+    return phases[:-1] if A == steps else phases            # a main line that others branch off never anneals
+
+
+def infinite_cosine(steps, peak, min_lr, constant_lr, warmup=0.01, cooldown=0.6, anneal=0.85):
+    """Warmup, cooldown, constant, anneal (Ibrahim et al. section 7, Cosine-Inf): no budget needs to be fixed.
+
+    Cooldown: eta = constant_lr + (peak - constant_lr)/2 * (1 + cos(pi*u)). Anneal: constant_lr * (min_lr /
+    constant_lr)^u, to release a model; the next dataset goes on from before it, so it needs no re-warming.
+    """
+    return infinite(lambda u: constant_lr + (peak - constant_lr) / 2 * (1 + np.cos(np.pi * u)),
+                    steps, peak, min_lr, constant_lr, warmup, cooldown, anneal)
+
+
+def infinite_inv_sqrt(steps, peak, min_lr, constant_lr, warmup=0.01, cooldown=0.6, anneal=0.85, timescale=10.0):
+    """The same with eta = peak + (constant_lr - peak) * h(u)/h(1), h(u) = 1/sqrt(1 + timescale*u) - 1 (InvSqrt-Inf)."""
+    def h(u):
+        return 1 / np.sqrt(1 + timescale * u) - 1
+    return infinite(lambda u: peak + (constant_lr - peak) * h(u) / h(1),
+                    steps, peak, min_lr, constant_lr, warmup, cooldown, anneal)
+
+
+def repeated_cosine(steps, peak, min_lr, warmup=0.01, repeats=3):
+    """The cosine once for each of `repeats` datasets of equal length, re-warmed from min_lr at every boundary.
+
+    The baseline of the infinite schedules (Ibrahim et al., Fig. 10). warmup: steps, or a fraction, of one dataset.
+    """
+    phases, bounds = [], [round(i * steps / repeats) for i in range(repeats + 1)]
+    for start, end in zip(bounds, bounds[1:]):
+        first, fall = cosine(end - start, peak, min_lr, warmup)
+        phases += [first._replace(curve=lambda u: min_lr + (peak - min_lr) * u) if phases else first, fall]
+    return phases
 
 
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'cosine_clamped': cosine_clamped, 'linear': linear,
-             'wsd': wsd}
+             'wsd': wsd, 'infinite_cosine': infinite_cosine, 'infinite_inv_sqrt': infinite_inv_sqrt,
+             'repeated_cosine': repeated_cosine}
 
 
 class Schedule:
@@ -126,14 +183,14 @@ def build(name, **knobs):
         raise ScheduleError(f'schedule {name!r}: rates must be above 0: peak {peak:g}, min_lr {min_lr:g}')
     phases = SCHEDULES[name](**knobs)
     lr = Schedule(phases)
-    problem = check(phases, lr, steps, peak, min_lr)
+    problem = check(phases, lr, steps, peak, min_lr, knobs.get('constant_lr', peak))
     if problem:
         raise ScheduleError(f'schedule {name!r}: {problem}\n{table(lr)}')
     lr.phases = [row for row in lr.phases if row.end > row.start]
     return lr
 
 
-def check(phases, lr, steps, peak, min_lr):
+def check(phases, lr, steps, peak, min_lr, constant_lr):
     """What is wrong with a schedule, every step looked at, or None."""
     for phase in phases:
         if phase.length < 0:
@@ -143,8 +200,10 @@ def check(phases, lr, steps, peak, min_lr):
     if total != steps or phases[-1].length == 0:
         return (f'the phases fill {total:,} of {steps:,} steps, the last of them {phases[-1].length:,}; '
                 f'they must fill all, and {phases[-1].name!r} needs at least one: shorten the others')
-    if not 0 < min_lr <= peak:
-        return f'rates out of order: found min_lr {min_lr:g}, peak {peak:g}, expected 0 < min_lr <= peak'
+    if not 0 < min_lr <= constant_lr <= peak:
+        named = '' if constant_lr == peak else f'constant_lr {constant_lr:g}, '
+        return (f'rates out of order: found min_lr {min_lr:g}, {named}peak {peak:g}, expected 0 < min_lr <= '
+                f'{"constant_lr <= " if named else ""}peak')
     bad = np.flatnonzero(~((lr.rates > 0) & (lr.rates <= peak * (1 + 1e-9))))           # NaN is bad too
     if len(bad):
         return f'the rate at step {bad[0]:,} is {lr.rates[bad[0]]:g}, expected 0 < rate <= peak {peak:g}'

@@ -85,7 +85,13 @@ class Config:
     learning_rate: float = 3e-3         # the peak
     min_lr: float = 3e-4                # the end; a tenth of the peak, as Pythia
     warmup: float = 0.01                # steps, or below 1 a fraction of max_steps
-    decay: float = 0.1                  # length of wsd's final decay, likewise
+    decay: float = 0.1                  # wsd: length of the final decay, likewise
+    decay_shape: str = 'linear'         # wsd: linear, cosine, exponential or 1-sqrt
+    constant_lr: float = 1.65e-3        # infinite schedules: rate between cooldown and anneal; midway as Ibrahim et al.
+    cooldown: float = 0.6               # infinite schedules: where the cooldown ends, a step or a fraction of all
+    anneal: float = 0.85                # infinite schedules: where the anneal begins, likewise; max_steps: never
+    timescale: float = 10.0             # infinite_inv_sqrt: steepness of the cooldown
+    repeats: int = 3                    # repeated_cosine: datasets, one after the other
 
     # --- AdamW, as Pythia -------------------------------------------------------------------------------
     beta1: float = 0.9
@@ -313,7 +319,7 @@ def find_resume(cfg):
     state = None if cfg.overwrite else newest(cfg.out_dir)
     if state is None:
         return None
-    ours, theirs = dataclasses.asdict(cfg), state['config']
+    ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(Config()) | state['config']     # older runs know fewer
     differ = [f'{key}: {theirs.get(key)!r} there, {ours[key]!r} now' for key in ours
               if key not in FREE and theirs.get(key) != ours[key]]
     if differ:

@@ -33,6 +33,14 @@ def reference(name, t, T, peak, low, W, D):
         return peak if t <= T - D else (peak * (T - t) + low * (t - T + D)) / D
 
 
+FINITE = ['constant', 'cosine', 'cosine_clamped', 'linear', 'wsd']
+INFINITE = ['infinite_cosine', 'infinite_inv_sqrt']
+
+
+def test_every_schedule_has_its_closed_form_below():
+    assert sorted(schedules.SCHEDULES) == sorted([*FINITE, *INFINITE, 'repeated_cosine'])
+
+
 @st.composite
 def settings_of(draw):
     T = draw(st.integers(2, 400))
@@ -42,7 +50,7 @@ def settings_of(draw):
     return dict(steps=T, warmup=W, decay=D, peak=peak, min_lr=peak * draw(st.floats(1e-3, 1)))
 
 
-@pytest.mark.parametrize('name', schedules.SCHEDULES)
+@pytest.mark.parametrize('name', FINITE)
 @settings(max_examples=60, deadline=None)
 @given(s=settings_of())
 def test_every_step_is_the_closed_form(name, s):
@@ -118,7 +126,7 @@ def test_first_step_below_a_fraction_of_the_peak():
 
 
 @settings(max_examples=60, deadline=None)
-@given(s=settings_of(), name=st.sampled_from(sorted(schedules.SCHEDULES)), fraction=st.floats(0.01, 0.99))
+@given(s=settings_of(), name=st.sampled_from(FINITE), fraction=st.floats(0.01, 0.99))
 def test_first_below_by_search(s, name, fraction):
     lr = build(name, **s)
     rates = [lr(step) for step in range(s['steps'])]
@@ -219,3 +227,99 @@ def test_drawing_a_config(tmp_path, monkeypatch, capsys):
     for argv in (['x.py', '--warmup=2000'], ['--shedule=wsd'], ['none.py'], ['--out']):
         assert schedules.main(argv, script) == 2
         assert capsys.readouterr().err
+
+
+# --- infinite, repeated and the shapes of wsd -----------------------------------------------------------------
+
+@pytest.mark.parametrize('name', INFINITE)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 400), st.data(), st.floats(1e-7, 10), st.floats(1e-3, 1), st.floats(1e-2, 1), st.floats(0.1, 50))
+def test_every_step_of_an_infinite_schedule_is_the_closed_form(name, T, data, peak, share, part, timescale):
+    C, A = sorted(data.draw(st.lists(st.integers(2, T - 1), min_size=2, max_size=2)))
+    W = data.draw(st.integers(0, C - 1))
+    mid = peak * share
+    low = mid * part
+    lr = build(name, steps=T, peak=peak, constant_lr=mid, min_lr=low, warmup=W, cooldown=C, anneal=A,
+               timescale=timescale)
+    for t in range(1, T + 1):
+        u = (t - W) / (C - W)
+        if t <= W:
+            expected = peak * t / W
+        elif t <= C and name == 'infinite_cosine':
+            expected = mid + (peak - mid) * np.cos(np.pi * u / 2)**2
+        elif t <= C:
+            expected = peak + (mid - peak) * ((1 + timescale * u)**-0.5 - 1) / ((1 + timescale)**-0.5 - 1)
+        else:
+            expected = mid * (low / mid)**(max(t - A, 0) / (T - A))
+        assert lr(t - 1) == pytest.approx(expected, rel=1e-7)
+    assert lr(T - 1) == lr(T) == pytest.approx(low)
+
+
+IBRAHIM = dict(steps=132_366, peak=3e-4, constant_lr=1.65e-4, min_lr=3e-5)      # their 405M runs
+
+
+def test_infinite_schedules_take_the_authors_values():
+    """Learning rates of the authors' own code, where 60% and 25% are lengths that begin after 1% of warmup."""
+    cos, inv = (schedules.build(name, **IBRAHIM, cooldown=0.61, anneal=0.86) for name in INFINITE)
+    for fraction, a, b in [(0.05, 2.985e-4, 2.564e-4), (0.10, 2.926e-4, 2.290e-4), (0.20, 2.693e-4, 2.014e-4),
+                           (0.30, 2.360e-4, 1.867e-4), (0.50, 1.759e-4, 1.706e-4), (0.61, 1.65e-4, 1.65e-4),
+                           (0.849, 1.65e-4, 1.65e-4), (0.90, 1.014e-4, 1.014e-4), (0.95, 5.515e-5, 5.515e-5),
+                           (1.0, 3e-5, 3e-5)]:
+        step = round(fraction * IBRAHIM['steps']) - 1
+        assert cos(step) == pytest.approx(a, rel=5e-4) and inv(step) == pytest.approx(b, rel=5e-4)
+    ends = schedules.build('infinite_cosine', **IBRAHIM).phases                     # of their runs: ends at 60% and 85%
+    assert [p.end for p in ends] == [1_324, 79_420, 112_511, 132_366]
+
+
+@pytest.mark.parametrize('name, shape', [('infinite_cosine', [3.00, 2.80, 2.32, 1.85, 1.65]),
+                                         ('infinite_inv_sqrt', [3.00, 2.10, 1.86, 1.73, 1.65])])
+def test_shape_of_the_cooldown(name, shape):
+    lr = schedules.build(name, **{**IBRAHIM, 'steps': 100_000}, warmup=1_000, cooldown=61_000)
+    assert [lr(999 + round(u * 60_000)) * 1e4 for u in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(shape, abs=6e-3)
+
+
+def test_infinite_ends_in_steps_are_those_in_fractions_and_a_main_line_never_anneals():
+    fractions = schedules.build('infinite_cosine', **{**IBRAHIM, 'steps': 1000})
+    steps = schedules.build('infinite_cosine', **{**IBRAHIM, 'steps': 1000}, warmup=10, cooldown=600, anneal=850)
+    assert (fractions.rates == steps.rates).all()
+    line = schedules.build('infinite_cosine', **{**IBRAHIM, 'steps': 1000}, anneal=1000)
+    assert [p.name for p in line.phases] == ['warmup', 'cooldown', 'constant'] and line(999) == 1.65e-4
+    assert (line.rates[:850] == fractions.rates[:850]).all()                # what a branch off it goes on from
+    onward = schedules.build('infinite_cosine', **{**IBRAHIM, 'steps': 1000}, warmup=0, cooldown=0, anneal=1000)
+    assert set(onward.rates) == {1.65e-4}                                   # the next dataset: no re-warming
+
+
+@pytest.mark.parametrize('changes, says', [(dict(constant_lr=4e-4), 'out of order'), (dict(constant_lr=2e-5), 'order'),
+                                           (dict(constant_lr=0.0), 'order'), (dict(cooldown=0.9), 'constant'),
+                                           (dict(cooldown=5), 'cooldown'), (dict(anneal=2000), 'anneal')])
+def test_infinite_schedules_that_cannot_be_right_show_their_table(changes, says):
+    with pytest.raises(schedules.ScheduleError, match=says) as error:
+        schedules.build('infinite_cosine', **{**IBRAHIM, 'steps': 1000, **changes})
+    assert 'from step' in str(error.value)
+
+
+def test_repeated_cosine_is_the_cosine_again_and_again():
+    lr = schedules.build('repeated_cosine', steps=3000, peak=3e-4, min_lr=3e-5, warmup=0.01, repeats=3)
+    once = schedules.build('cosine', steps=1000, peak=3e-4, min_lr=3e-5, warmup=0.01)
+    assert (lr.rates[:1000] == once.rates).all() and (lr.rates[1010:2000] == once.rates[10:]).all()
+    u = np.arange(1, 11) / 10
+    assert lr.rates[2000:2010] == pytest.approx(3e-5 + 2.7e-4 * u)          # re-warmed from the old end
+    uneven = schedules.build('repeated_cosine', steps=1001, peak=1, min_lr=0.1)
+    assert uneven.phases[-1].end == 1001
+
+
+@pytest.mark.parametrize('shape, f', [('linear', lambda u: 0.1 + 0.9 * (1 - u)), ('1-sqrt', lambda u: 1 - 0.9 * u**0.5),
+                                      ('cosine', lambda u: 0.55 + 0.45 * np.cos(np.pi * u)),
+                                      ('exponential', lambda u: 10 ** -u)])
+def test_shapes_of_the_final_decay(shape, f):
+    lr = schedules.build('wsd', steps=1000, peak=1.0, min_lr=0.1, warmup=10, decay=200, decay_shape=shape)
+    assert lr.rates[800:] == pytest.approx(f(np.arange(1, 201) / 200)) and set(lr.rates[10:800]) == {1.0}
+    with pytest.raises(schedules.ScheduleError, match='1-sqrt'):
+        schedules.build('wsd', steps=1000, peak=1.0, min_lr=0.1, decay_shape='sqrt')
+
+
+def test_cosine_of_parmar_reaches_its_switch_points():
+    """From the old final rate to a hundredth, no warmup; halves, fifths, ... at the fractions that follow."""
+    lr = schedules.build('cosine', steps=63_578, peak=4.5e-5, min_lr=4.5e-7, warmup=0)
+    for part, fraction in ((2, 0.503), (5, 0.711), (10, 0.805), (50, 0.936)):
+        assert schedules.first_below(lr, 1 / part) / 63_578 == pytest.approx(fraction, abs=6e-4)

@@ -468,6 +468,20 @@ def test_a_branch_under_another_schedule(config, batches):
     assert {float(m['step']) for m in saved('out/b', 24)['optimizer']['state'].values()} == {24}
 
 
+def test_an_infinite_run_is_annealed_in_a_branch_while_the_main_line_goes_on(config, batches):
+    line = dict(schedule='infinite_cosine', constant_lr=1e-3, warmup=2, cooldown=6)
+    ends_well(config('main', **line, anneal=20, milestones=[10], keep_last=1))       # never anneals
+    ends_well(config('released', **line, branch_from='out/main/ckpt_00000010.pt', anneal=10, max_steps=14))
+    fall = [row['lr'] for row in metrics('out/released', 'train')]
+    np.testing.assert_allclose(fall, [1e-3 * 0.3 ** (k / 4) for k in range(1, 5)])
+    # The main line meets the next dataset at its constant rate, with its moments: nothing is re-warmed.
+    ends_well(config('next', branch_from='out/main', schedule='constant', learning_rate=1e-3, warmup=0, max_steps=30,
+                     train_data={'new': 1.0}, replay_data={'old': 1.0}, replay=0.25))
+    rates = [row['lr'] for run in ('main', 'next') for row in metrics(f'out/{run}', 'train')]
+    assert rates[6:] == [1e-3] * 24
+    assert metrics('out/next', 'train')[-1]['samples'] == {'old': 80 + 10, 'new': 30}
+
+
 def test_a_branch_is_resumed_with_what_it_inherited(config, monkeypatch):
     ends_well(config('up', seed=7, schedule='constant'))
     inherited = dict(branch_from='out/up/ckpt_00000010.pt', batch_size=None, block_size=None)   # and no seed
