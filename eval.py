@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import pickle
 import re
 import statistics

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import importlib
 import json
 import math
 import os
@@ -396,7 +397,7 @@ def load_moments(optimizer, saved):
 # Data of a run
 
 def sources_of(cfg):
-    """(training sources, their mixture weights) by phase: [(switch or None, {source: weight}), ...]."""
+    """What the mixture is made of, by phase: [(switch or None, {source: weight}), ...]."""
     phases = [(None, data.mix_weights(cfg.train_data, cfg.replay_data, cfg.replay))]
     for switch in cfg.switches:
         changed = {key: switch.get(key, getattr(cfg, key)) for key in ('train_data', 'replay_data', 'replay')}
@@ -421,9 +422,9 @@ def missing_data(cfg):
 
 
 def open_data(cfg, parent, mode, process):
-    """({train source: Source}, {validation set: (Source, windows)}, sizes checked). Embedded corpora are built here."""
+    """({training source: Source}, {validation set: (Source, windows)}). Embedded corpora are built here."""
     names = {name for _, weights in sources_of(cfg) for name in weights}
-    if mode == 'branch_from':                           # what the run was fed before counts on
+    if mode in ('resume', 'branch_from'):               # what the run was fed before counts on
         names |= {name for _, weights in parent['phases'] for name in weights}
     if process.rank == 0:
         for name in sorted((names | set(cfg.val_data)) & set(data.EMBEDDED)):
@@ -518,7 +519,6 @@ class Record:
 
 
 def optional(module, flag, package=None):
-    import importlib
     try:
         return importlib.import_module(module)
     except ImportError:
