@@ -333,9 +333,14 @@ def find_resume(cfg):
 # -----------------------------------------------------------------------------
 # Start modes: where weights come from
 
+def parent_name(cfg):
+    """What the config starts from, as it names it; '' for a start from scratch."""
+    return cfg.init_from or cfg.branch_from
+
+
 def find_parent(cfg, process):
     """(start mode, what it starts from or None). An upstream config is trained first when it has not been."""
-    name = cfg.init_from or cfg.branch_from
+    name = parent_name(cfg)
     if not name:
         return 'scratch', None
     mode, path = 'init_from' if cfg.init_from else 'branch_from', Path(name)
@@ -355,7 +360,7 @@ def find_parent(cfg, process):
 
 def upstream(cfg):
     """(config, origins) of the run that init_from or branch_from names by its config file."""
-    values, origin = configurator.load(__file__, [cfg.init_from or cfg.branch_from])
+    values, origin = configurator.load(__file__, [parent_name(cfg)])
     return Config(**{**values, **{key: getattr(cfg, key) for key in MACHINE}}), origin
 
 
@@ -372,7 +377,7 @@ def model_config(cfg, origin, parent, vocab_size):
         differ = [f'{key}: {getattr(shape, key)!r} there, {value!r} in the config' for key, value in wanted.items()
                   if getattr(shape, key) != value and not (key == 'vocab_size' and value == 0)]
         if differ:
-            raise TrainError(f'{cfg.init_from or cfg.branch_from} is a model of another size:\n  ' +
+            raise TrainError(f'{parent_name(cfg)} is a model of another size:\n  ' +
                              '\n  '.join(differ) + '\nDrop these keys: a stage takes the shape of its parent.')
         return dataclasses.replace(shape, max_position_embeddings=cfg.block_size)
     sizes = GPTNeoXConfig.pythia(cfg.model) if cfg.model else cfg
@@ -416,7 +421,7 @@ def missing_data(cfg):
                 data.find_shards(name, split, cfg.data_dir, cfg.paths)
         except data.DataError as error:
             problems.setdefault(name, str(error))       # one command makes all splits of a source
-    if (cfg.init_from or cfg.branch_from).endswith('.py') and not is_finished(up := upstream(cfg)[0]):
+    if parent_name(cfg).endswith('.py') and not is_finished(up := upstream(cfg)[0]):
         problems = missing_data(up) | problems
     return problems
 
@@ -484,6 +489,13 @@ def describe_data(mixture, phases, total, rows):
 # -----------------------------------------------------------------------------
 # Record
 
+def write_whole(path, text):
+    """A small file, as it was or as it is to be, whatever happens in between."""
+    temp = path.with_name(f'{path.name}.tmp')
+    temp.write_text(text)
+    os.replace(temp, path)
+
+
 class Record:
     """metrics.jsonl, one object an event, and its mirrors. On resume, rows past the resumed step are dropped."""
 
@@ -495,9 +507,7 @@ class Record:
                     row = json.loads(line)
                     if row['step'] < step or row['step'] == step and row['event'] == 'train':
                         kept.append(line)
-        temp = path.with_suffix('.jsonl.tmp')
-        temp.write_text(''.join(kept))
-        os.replace(temp, path)
+        write_whole(path, ''.join(kept))
         self.file = open(path, 'a', buffering=1)        # a line at a time, so a kill loses none
         self.mirrors = []
         if cfg.wandb:
@@ -591,7 +601,7 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     torch.manual_seed(cfg.seed)                         # on the CPU: the same initial weights on every device
     model = GPTNeoX(shape)
     if parent:
-        check_tensors(parent['weights'], model.state_dict(), cfg.init_from or cfg.branch_from or cfg.out_dir)
+        check_tensors(parent['weights'], model.state_dict(), parent_name(cfg) or cfg.out_dir)
         model.load_state_dict(parent['weights'])
     model.to(device)
     optimizer = configure_optimizer(model, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.eps, cfg.weight_decay, device)
@@ -619,9 +629,8 @@ def announce(cfg, origin, derived, lr, mixture):
     made_by = provenance()
     print(configurator.render(given, origin), *(f'{key}: {value}' for key, value in (facts | made_by).items()), '',
           schedules.table(lr), '', describe_data(mixture, derived['phases'], total, rows), '', sep='\n', flush=True)
-    temp = Path(cfg.out_dir, 'config.json.tmp')
-    temp.write_text(json.dumps({'config': given, 'origin': origin, 'derived': derived, **made_by}, indent=1))
-    os.replace(temp, Path(cfg.out_dir, 'config.json'))
+    write_whole(Path(cfg.out_dir, 'config.json'),
+                json.dumps({'config': given, 'origin': origin, 'derived': derived, **made_by}, indent=1))
 
 
 def train(cfg, origin, process, state):
@@ -769,7 +778,7 @@ def check_upstream_size(cfg):
             model = GPTNeoX(model_config(up, dict.fromkeys(dataclasses.asdict(up), 'default'), None, 50304))
         flops = model.flops_per_token() * rows_per_step(up) * up.block_size * up.max_steps
         if flops > UPSTREAM_FLOPS:
-            name = cfg.init_from or cfg.branch_from
+            name = parent_name(cfg)
             raise TrainError(
                 f'{name} has not been trained: no {up.out_dir}/ckpt_{up.max_steps:08d}.pt. It takes {flops:.0e} FLOPs, '
                 f'too much to start on the side. Run it first:\n  torchrun --nproc_per_node=8 train.py {name}\nor '
