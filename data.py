@@ -664,7 +664,29 @@ def code_of(file, source):
     return [text] if len(text) > 500 and not file.endswith(TOPICS) else []
 
 
-EMBEDDED = {'docs': (docs_of, ('python', 'numpy', 'torch')), 'code': (code_of, ('python',))}
+EXAMPLE = re.compile(r'^[ \t]*>>> .*\n?(?:[ \t]*\S.*\n?)*', re.MULTILINE)     # a doctest, up to an empty line
+
+
+def prose_of(file, source):
+    """English, the doctests cut out: what examples_of takes is no part of it. [str]"""
+    texts = [re.sub(r'\n{3,}', '\n\n', EXAMPLE.sub('', text)).strip() for text in docs_of(file, source)]
+    return [text for text in texts if len(text) > 80]
+
+
+def examples_of(file, source):
+    """Questions and answers: the doctests of each docstring, an expression and what Python prints. [str]"""
+    texts = [''.join(EXAMPLE.findall(text)).strip() for text in docs_of(file, source)]
+    return [text for text in texts if len(text) > 80]
+
+
+MATHS = ('sympy', 'networkx', 'matplotlib', 'mpmath')           # that torch and matplotlib bring along
+EMBEDDED = {'docs': (docs_of, ('python', 'numpy', 'torch')),    # the old data of most configs
+            'code': (code_of, ('python',)),                     # far from docs: a strong shift
+            'maths': (prose_of, MATHS),                         # near docs: a weak shift
+            'examples': (examples_of, MATHS)}                   # few and valuable, as the QA data of Parmar et al.
+PART = re.compile(r'_(\d)of(\d)$')                              # docs_1of3: a third of the documents of docs, at random
+EMBEDDED |= {f'docs_{i}of3': EMBEDDED['docs'] for i in (1, 2, 3)}
+EMBEDDED |= {f'maths_{package}': (prose_of, (package,)) for package in MATHS[:3]}      # domain by domain
 
 
 def python_files(package):
@@ -687,9 +709,10 @@ def _read_embedded(name, file):
 
 
 def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
-    """Build the embedded corpus 'docs' or 'code' in data_dir unless it is there; returns its folder.
+    """Build an embedded corpus, see EMBEDDED, in data_dir unless it is there; returns its folder.
 
-    Copies of a document are dropped. The result is the same for any number of workers (default: up to 8).
+    Copies of a document are dropped. A part (docs_1of3) has the documents whose hash says so; what is held out for
+    validation from the whole is held out from its parts too. The result is the same for any number of workers (default: up to 8).
     """
     folder = Path(data_dir, name)
     if folder.exists():
@@ -701,8 +724,12 @@ def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, gc.disable) as pool:
         found = list(tqdm(pool.map(_read_embedded, itertools.repeat(name), files, chunksize=16), desc=name,
                           total=len(files), unit=' files', disable=None))
+    documents = dict.fromkeys(text for texts in found for text in texts or [])
+    if match := PART.search(name):
+        part, parts = map(int, match.groups())
+        documents = [d for d in documents if blake2b(d.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1]
     try:
-        write_corpus(dict.fromkeys(text for texts in found for text in texts or []), name, data_dir)
+        write_corpus(documents, name, data_dir)
     except DataError:
         if not folder.exists():                                 # else another process was faster, and as good
             raise

@@ -57,10 +57,12 @@ def read_checkpoint(path):
     """
     hint = 'It is cut short or damaged, or no checkpoint of this program.'
     try:
-        if broken := zipfile.ZipFile(path).testzip():
+        archive = zipfile.ZipFile(path)
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
+        if broken := archive.testzip() or ''.join(folders[:1]):     # of a "folder" torch.load reads nothing, silently
             raise EvalError(f'{path}: {broken} fails its checksum. {hint}')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError, RuntimeError, EOFError,
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:           # each of them met when bits of a file were flipped
         raise EvalError(f'{path}: cannot be loaded ({(str(error).splitlines() or [type(error).__name__])[0]}). {hint}')
     if not isinstance(state, dict) or not {'weights', 'model', 'config', 'step'} <= set(state):

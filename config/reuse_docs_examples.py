@@ -1,0 +1,23 @@
+"""Reuse, don't retrain: no re-warming, decay to a hundredth, and the valuable data late.
+
+    torchrun train.py config/reuse_docs_examples.py
+
+The recipe of Parmar et al. 2024 with `docs` for the general blend and `examples`, questions to Python and its answers,
+for the QA data. For 2 CPU cores, 1 to 2 minutes after config/pretrain_docs.py.
+"""
+out_dir = 'out/reuse_docs_examples'
+init_from = 'config/pretrain_docs.py'
+
+train_data = {'docs': 1.0}                                          # the general blend
+switches = [{'lr': 0.2, 'train_data': {'docs': 0.9, 'examples': 0.1}}]     # the QA blend from a fifth of the rate on
+val_data = ['docs', 'examples']
+
+batch_size = 16
+max_steps = 300
+schedule = 'cosine'
+learning_rate = 3e-4                # where pre-training ended
+min_lr = 3e-6                       # a hundredth
+warmup = 0                          # none
+
+eval_every = 50
+eval_windows = 128
