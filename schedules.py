@@ -200,11 +200,13 @@ def check(phases, lr, steps, peak, min_lr, constant_lr):
     if total != steps or phases[-1].length == 0:
         return (f'the phases fill {total:,} of {steps:,} steps, the last of them {phases[-1].length:,}; '
                 f'they must fill all, and {phases[-1].name!r} needs at least one: shorten the others')
-    if not 0 < min_lr <= constant_lr <= peak:
+    if not 0 <= min_lr <= constant_lr <= peak:
         named = '' if constant_lr == peak else f'constant_lr {constant_lr:g}, '
-        return (f'rates out of order: found min_lr {min_lr:g}, {named}peak {peak:g}, expected 0 < min_lr <= '
+        return (f'rates out of order: found min_lr {min_lr:g}, {named}peak {peak:g}, expected 0 <= min_lr <= '
                 f'{"constant_lr <= " if named else ""}peak')
-    bad = np.flatnonzero(~((lr.rates > 0) & (lr.rates <= peak * (1 + 1e-9))))           # NaN is bad too
+    good = (lr.rates > 0) & (lr.rates <= peak * (1 + 1e-9))                             # NaN is bad too
+    good[-1] |= lr.rates[-1] == min_lr                  # a decay to zero arrives with the last step
+    bad = np.flatnonzero(~good)
     if len(bad):
         return f'the rate at step {bad[0]:,} is {lr.rates[bad[0]]:g}, expected 0 < rate <= peak {peak:g}'
     for phase, row in zip(phases, lr.phases):

@@ -9,6 +9,7 @@ from trained weights: re-warming); branch_from (the same run under another sched
 
 Shapes: B rows of a micro-batch, T = block_size tokens.
 """
+import atexit
 import bisect
 import contextlib
 import ctypes
@@ -816,4 +817,12 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if 'RANK' in os.environ:
+        # All is saved and said. C++ destructors of process groups, run at exit, abort a rank now and then ("terminate
+        # called without an active exception"), and torchrun then reports a finished run as failed: leave without them.
+        atexit._run_exitfuncs()                         # wandb's among them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

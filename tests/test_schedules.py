@@ -135,6 +135,12 @@ def test_first_below_by_search(s, name, fraction):
     assert first_below(lr, fraction) == (expected[0] if expected else None)
 
 
+@pytest.mark.parametrize('name', ['cosine', 'linear', 'wsd'])
+def test_a_decay_to_zero_arrives_with_the_last_step(name):             # an end rate of Parmar et al., Table 8
+    lr = build(name, steps=300, peak=3e-4, min_lr=0)
+    assert lr(299) == 0 < lr(298) and (lr.rates[:-1] > 0).all()
+
+
 @pytest.mark.parametrize('name, change, message', [
     ('cosine', dict(warmup=200000), "phase 'decay' would have -67,634"),
     ('cosine', dict(warmup=132366), 'at least one'),
@@ -142,7 +148,8 @@ def test_first_below_by_search(s, name, fraction):
     ('wsd', dict(warmup=0.5, decay=0.6), "'stable' would have -"),
     ('wsd', dict(decay=0), "'decay' needs at least one"), ('cosine', dict(min_lr=1e-3), 'rates out of order'),
     ('cosine_clamped', dict(min_lr=1e-3), 'rates out of order'),
-    ('linear', dict(min_lr=0), 'rates out of order'),
+    ('wsd', dict(min_lr=0, decay_shape='exponential'), 'is 0, expected 0 < rate'),
+    ('repeated_cosine', dict(min_lr=0), 'is 0, expected 0 < rate'),     # steps that teach nothing, amid the run
     ('cosine_clamped', dict(min_lr=-1), 'rates out of order'),
     ('cosine_clamped', dict(warmup=200000), 'would have -'),
 ])
