@@ -16,6 +16,7 @@ Shapes: B rows of a batch, T = block_size tokens of a row; a window is T + 1 tok
 """
 import argparse
 import ast
+import bisect
 import concurrent.futures
 import difflib
 import gc
@@ -526,6 +527,34 @@ class Mixture:
                 for i in source.order(m).tolist():
                     source.window(i)                            # raises at the culprit, and names it
         return x, y
+
+
+def cap_epochs(sources, phases, max_epochs, first, total, rows):
+    """Phases in which no source is read more than max_epochs {name: epochs} times, and [what was changed, in words].
+
+    From the step (rows samples) in which a source would pass its cap, its share goes to the others of that phase, in
+    proportion. Only phases from sample `first` to `total` change. DataError when no source is left.
+    """
+    phases, said = list(phases), []
+    while True:
+        mixture, passed = Mixture(sources, phases), {}
+        for name, epochs in max_epochs.items():
+            most = max(int(epochs * len(sources[name])), mixture.counts(first)[name])
+            if mixture.counts(total)[name] > most:          # counts only grow: where does it pass?
+                g = bisect.bisect_right(range(total), most, key=lambda g: mixture.counts(g)[name])
+                passed[name] = max((g - 1) // rows * rows, first)
+        if not passed:
+            return phases, said
+        name = min(passed, key=passed.get)
+        start, at = passed[name], max(i for i, (g, _) in enumerate(phases) if g <= passed[name])
+        rest = [(max(g, start), {n: w for n, w in weights.items() if n != name}) for g, weights in phases[at:]]
+        if not all(any(map(Fraction, weights.values())) for _, weights in rest):
+            raise DataError(f'max_epochs = {max_epochs}: at step {start // rows:,} {name} has been read as often as it '
+                            'may, and no other source is left. Raise its cap, train shorter, or add a source.')
+        phases[at + (phases[at][0] < start):] = [(g, {n: str(w) for n, w in mix_weights(weights).items()})
+                                                 for g, weights in rest]
+        said.append(f'max_epochs: {name} comes to its cap of {max_epochs[name]:g} epochs in step {start // rows:,}; from '
+                    f'there on its share goes to {", ".join(n for n, w in rest[0][1].items() if Fraction(w))}')
 
 
 def rows(step, batch_size, rank=0, world=1, micro_batch=None, micro_step=0):

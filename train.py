@@ -74,6 +74,7 @@ class Config:
     replay_order: str = 'first-seen'    # as the first run saw them, or 'reshuffled'
     switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; with 'lr': 0.2 for 'step',
                                         # when the rate has fallen to a fifth of its peak (Parmar et al. 2024)
+    max_epochs: dict = field(default_factory=dict)    # {source: epochs}: once read so often, its share goes to the others
     val_data: list = field(default_factory=list)      # sources to evaluate on, each by itself, old ones too
 
     # --- batch: the same optimisation on any number of devices -------------------------------------------
@@ -243,6 +244,8 @@ def check(cfg, origin, world):
                 set(switch) - {'step', 'lr', 'train_data', 'replay_data', 'replay'}:
             problems.append(f"switches[{i}] = {switch}: expected 'step' or 'lr', and what changes of "
                             'train_data, replay_data and replay')
+    problems += [f'max_epochs[{name!r}] = {epochs!r}: expected a number above 0' for name, epochs in cfg.max_epochs.items()
+                 if not isinstance(epochs, (int, float)) or not epochs > 0]
     if problems:
         raise TrainError('\n'.join(problems))
 
@@ -667,8 +670,15 @@ def train(cfg, origin, process, state):
         raise TrainError(f'the data have changed since the checkpoint: source {changed[0]!r} was '
                          f'{state["data"].get(changed[0])}, is {prints[changed[0]]}. Put the old shards back, or '
                          'start anew with --overwrite=true.')
-    phases = parent['phases'] if mode == 'resume' else \
-        resolve_phases(cfg, lr, first_step, parent if mode == 'branch_from' else None)
+    if mode == 'resume':
+        phases = parent['phases']
+    else:
+        phases = resolve_phases(cfg, lr, first_step, parent if mode == 'branch_from' else None)
+        if unknown := [name for name in cfg.max_epochs if name not in sources]:
+            raise TrainError(f'max_epochs names {", ".join(unknown)}; trained on are {", ".join(sources)}')
+        rows = rows_per_step(cfg)
+        phases, changes = data.cap_epochs(sources, phases, cfg.max_epochs, first_step * rows, cfg.max_steps * rows, rows)
+        say(*changes)
     mixture = data.Mixture(sources, phases)
 
     # --- the batch, the model ----------------------------------------------------------------------------------

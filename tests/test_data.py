@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,16 @@ def shard(tmp_path):
 def fake_sources(names):
     """Enough of a Source for the mixture's arithmetic."""
     return {name: SimpleNamespace(block_size=T) for name in names}
+
+
+class Fake(SimpleNamespace):
+    """And of its length."""
+
+    def __init__(self, windows):
+        super().__init__(block_size=T, windows=windows)
+
+    def __len__(self):
+        return self.windows
 
 
 def megatron(path, sequences, dtype='<u2', code=8, version=1):
@@ -457,6 +468,57 @@ def test_replay_comes_in_first_seen_order(shard):
     assert replayed == first[:20]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_caps_on_epochs(draw):
+    """Sample by sample: nobody passes a cap, a cap bites in the very step that would pass it, the others share."""
+    names = 'abcd'[:draw.draw(st.integers(2, 4))]
+    lengths = {name: draw.draw(st.integers(3, 60)) for name in names}
+    caps = {name: draw.draw(st.sampled_from([0.5, 1, 2, 3.1])) for name in names[1:]}       # 'a' is free
+    rows_per_step, steps = draw.draw(st.integers(1, 9)), draw.draw(st.integers(2, 60))
+    starts = sorted({0, *draw.draw(st.lists(st.integers(1, steps - 1), max_size=2))})
+    phases = [(start * rows_per_step, {'a': '1', **{n: draw.draw(st.sampled_from('0123')) for n in names[1:]}})
+              for start in starts]
+    sources, total = {n: Fake(lengths[n]) for n in names}, steps * rows_per_step
+    capped, said = data.cap_epochs(sources, phases, caps, 0, total, rows_per_step)
+    before, after = (Mixture(sources, p).locate(range(total)) for p in (phases, capped))
+    counts, closed = Counter(), set()
+    for step in range(steps):
+        rows = range(step * rows_per_step, (step + 1) * rows_per_step)
+        if not closed:                                                  # nothing changes before the first cap
+            wanted = Counter(before[g][0] for g in rows)
+            closed = {n for n in caps if counts[n] + wanted[n] > int(caps[n] * lengths[n])}
+            if not closed:
+                assert [after[g] for g in rows] == [before[g] for g in rows]
+        counts += Counter(after[g][0] for g in rows)
+        assert not any(after[g][0] in closed for g in rows)
+    assert all(counts[n] <= int(caps[n] * lengths[n]) for n in caps) and counts.total() == total
+    assert bool(said) == bool(closed) and len(said) == len({line.split()[1] for line in said}) >= len(closed)
+
+
+def test_a_cap_that_leaves_nothing_to_read():
+    with pytest.raises(DataError, match=r"at step 5 q has been read .* no other source is left"):
+        data.cap_epochs({'q': Fake(10)}, [(0, {'q': '1'})], {'q': 2}, 0, 400, 4)
+
+
+def test_a_cap_leaves_the_past_alone():
+    """A branch of a run that had read a source too often already: from its first sample on, no more of it."""
+    phases = [(0, {'a': '1', 'q': '1'})]
+    capped, said = data.cap_epochs({'a': Fake(10), 'q': Fake(10)}, phases, {'q': 1}, 80, 160, 8)
+    assert capped == [*phases, (80, {'a': '1'})] and 'step 10' in said[0]
+
+
+def test_a_small_set_at_a_tenth_of_the_rest_of_a_run():
+    """Parmar et al.: 2.81B tokens of QA data at 10% of 86.6B are 3.1 epochs. Here in windows of 4,096 tokens."""
+    phases = [(0, {'qa': '1/10', 'web': '9/10'})]
+    sources, total = {'qa': Fake(int(2.81e9 / 4096)), 'web': Fake(10 ** 9)}, int(86.6e9 / 4096)
+    assert Mixture(sources, phases).counts(total)['qa'] / len(sources['qa']) == pytest.approx(3.08, abs=0.01)
+    assert data.cap_epochs(sources, phases, {'qa': 4}, 0, total, 1152) == (phases, [])
+    capped, (said,) = data.cap_epochs(sources, phases, {'qa': 3}, 0, total, 1152)
+    assert 3 - 1e-3 < Mixture(sources, capped).counts(total)['qa'] / len(sources['qa']) <= 3
+    assert 'qa comes to its cap of 3 epochs in step 17,' in said and said.endswith('goes to web')
+
+
 def test_mix_weights():
     assert mix_weights({'code': 1}) == {'code': 1}
     assert mix_weights({'code': 1}, {'docs': 1}, 0) == {'code': 1}
@@ -593,6 +655,22 @@ class A:
     compile(code, 'x.py', 'exec')
 
 
+def test_prose_and_examples_are_apart():
+    prose = 'A first paragraph, which is long enough to be kept as prose, since it has over eighty characters.'
+    examples = '>>> f(1)\n1\n>>> for i in range(2):\n...     print(i)\n0\n1'
+    source = f"def f():\n    '''{prose}\n\n    " + examples.replace('\n', '\n    ') + \
+        f"\n\n    {prose}\n\n    >>> g('the last one, up to the end, with more characters than eighty')\n    2'''\n"
+    assert data.prose_of('x.py', source) == [f'{prose}\n\n{prose}']
+    assert data.examples_of('x.py', source) == [
+        f"{examples}\n>>> g('the last one, up to the end, with more characters than eighty')\n2"]
+    for file in data.python_files('networkx')[::40]:            # real ones: every line in one of them, none in both
+        text = Path(file).read_text()
+        questions, rest, whole = (Counter(line.strip() for doc in of(file, text) for line in doc.splitlines()
+                                          if line.lstrip().startswith('>>> ')) for of in
+                                  (data.examples_of, data.prose_of, data.docs_of))
+        assert not rest and questions <= whole
+
+
 def test_embedded_corpora(tmp_path, capsys):
     """From a few files: the same bytes for any number of workers, duplicates and bad files left out."""
     import argparse as some_module
@@ -603,7 +681,7 @@ def test_embedded_corpora(tmp_path, capsys):
     for name, text in (('bad.py', 'def ('), ('copy.py', copy), ('null.py', 'x = "\0"')):
         (tmp_path / name).write_text(text)
         files.append(str(tmp_path / name))
-    for corpus in data.EMBEDDED:
+    for corpus in ('docs', 'maths', 'docs_1of3', 'docs_2of3', 'docs_3of3', 'code'):
         one, three = (data.prepare_embedded(corpus, tmp_path / n, files=files, workers=int(n)) for n in '13')
         assert '2 of 12 files' in capsys.readouterr().out
         shards = sorted(p.name for p in one.iterdir())
@@ -612,6 +690,10 @@ def test_embedded_corpora(tmp_path, capsys):
         documents = [d for f in shards for d in documents_in(one, f[:-10]) if d]
         assert len(set(documents)) == len(documents)
     assert any('lambda' in d for d in documents_in(tmp_path / '1' / 'docs', 'train'))
+    for split in ('train', 'val'):                              # parts make up the whole, also of what is held out
+        parts = [documents_in(tmp_path / '1' / f'docs_{i}of3', split) for i in (1, 2, 3)]
+        whole = documents_in(tmp_path / '1' / 'docs', split)
+        assert sorted(d for part in parts for d in part if d) == sorted(filter(None, whole))
     assert not any('The following sections describe' in d for d in documents)    # no English topics in code
     before = (one / shards[0]).stat().st_mtime_ns
     assert data.prepare_embedded('code', tmp_path / '1') == one     # there already: left as it is

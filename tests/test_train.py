@@ -584,6 +584,18 @@ def test_a_switch_at_a_step(config, batches, monkeypatch):
     same_run('whole', 'out/a')
 
 
+def test_a_cap_on_epochs(config, batches, capsys, fails):
+    """'old' has 623 windows: a cap of 0.02 epochs lets 12 of them in, 2 a step, so that step 6 is the first without."""
+    ends_well(config('a', train_data={'old': 1, 'new': 1}, max_epochs={'old': 0.02}))
+    out = capsys.readouterr().out
+    assert 'max_epochs: old comes to its cap of 0.02 epochs in step 6; from there on its share goes to new' in out
+    assert [sum(map(is_old, x)) for x in batches] == [2] * 6 + [0] * 14
+    assert metrics('out/a', 'train')[-1]['samples'] == {'new': 68, 'old': 12}
+    fails(config('b', max_epochs={'odl': 2}), says=['max_epochs', 'odl', 'old'])
+    fails(config('b', max_epochs={'old': 0}), says=['max_epochs', "'old'", '0'])
+    fails(config('b', max_epochs={'old': 0.01}), says=['max_epochs', 'no other source is left'])
+
+
 def test_a_switch_at_a_fraction_of_the_rate(config, batches):
     ends_well(config('a', schedule='linear', max_steps=24, switches=[{'lr': 0.5, 'train_data': {'new': 1.0}}]))
     # Up in 4 steps, which pass half the peak too; then 3e-3 - 2.7e-3 (t - 4)/20, half of it at t - 4 = 11.1
