@@ -179,7 +179,10 @@ def by_seed(folders):
     """Run folders -> {name without _seedN: [Run, ...]}, in the order given."""
     groups = {}
     for folder in folders:
-        groups.setdefault(re.sub(r'_seed\d+$', '', Path(folder).name), []).append(Run(folder))
+        run = Run(folder)
+        groups.setdefault(re.sub(r'_seed\d+$', '', run.name), []).append(run)
+        if (step := run.evals[-1]['step']) < run.config['max_steps']:
+            print(f'{folder} is not finished: step {step:,} of {run.config["max_steps"]:,}', file=sys.stderr)
     return groups
 
 
@@ -218,6 +221,62 @@ def summary(folders):
              'best': {name: min(run.losses(name)) for name in run.sets},
              'peak': {name: max(run.losses(name)) for name in run.sets}, 'tokens': run.evals[-1]['tokens'],
              **run.made_by} for label, runs in by_seed(folders).items() for run in runs]
+
+
+# -----------------------------------------------------------------------------
+# Claims about runs
+
+def measure(run, dataset, when):
+    """A loss of a run: on a set, or the 'average' of its sets; at its end, at its 'start', its 'peak' or 'best', after
+    N steps (when = '100'), or its 'rise' from start to end."""
+    def one(name):
+        L = run.losses(name)
+        if when.isdigit():
+            return dict(zip((row['step'] for row in run.evals), L))[int(when)]
+        return {'': L[-1], 'start': L[0], 'peak': max(L), 'best': min(L), 'rise': L[-1] - L[0]}[when]
+    return statistics.mean(map(one, run.sets if dataset == 'average' else [dataset]))
+
+
+def compare(line, groups):
+    """Verdict on a claim 'SET: TERM < TERM ... | sentence', as a sentence with its figures.
+
+    TERM: [0.5 *] ROW[@when] [+ 0.01], see measure. < is less, ~0.02 is equal within 0.02. Seeds are compared each with
+    itself; a difference counts when it exceeds its standard deviation over the seeds.
+    """
+    try:
+        formula, sentence = map(str.strip, line.split('|'))
+        dataset, _, rest = (part.strip() for part in formula.partition(':'))
+        first, *others = re.split(r'\s(<|~[\d.]+)\s', rest)
+        values, shown = [], []
+        for term in (first, *others[1::2]):
+            factor, row, when, sign, offset = re.fullmatch(
+                r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?', term.strip()).groups()
+            shift = float(offset or 0) * (-1 if sign == '-' else 1)
+            values.append({run.config['seed']: float(factor or 1) * measure(run, dataset, when or '') + shift
+                           for run in groups[row]})
+            shown.append(f'{term.strip()} {statistics.mean(values[-1].values()):.3f}')
+    except (ValueError, KeyError, AttributeError) as error:
+        raise EvalError(f'claim {line!r}: not understood ({type(error).__name__}: {error}); expected like '
+                        f"'docs: rewarm_replay5 < rewarm_replay0 | replay helps', with rows of {', '.join(groups)}")
+    verdicts, text = [], shown[0]
+    for relation, left, right, label in zip(others[::2], values, values[1:], shown[1:]):
+        seeds = sorted(left.keys() & right.keys())
+        if not seeds:
+            raise EvalError(f'claim {line!r}: the rows compared have no seed in common')
+        by = [right[seed] - left[seed] for seed in seeds]
+        mean, sd = statistics.mean(by), statistics.stdev(by) if len(by) > 1 else 0
+        text += f' {relation[0]} {label} (by {spread(by)}{f", {len(by)} seeds" if len(by) > 1 else ", one seed"})'
+        verdicts.append(abs(mean) <= float(relation[1:]) if relation != '<' else
+                        None if abs(mean) <= sd else mean > 0)
+    verdict = 'Does not hold' if False in verdicts else 'Not decided, within the spread' if None in verdicts else 'Holds'
+    return f'- **{verdict}.** {sentence} [{dataset}: {text}]'
+
+
+def claims(path, folders):
+    """The verdicts on the claims of a file, a line each; # begins a comment."""
+    groups = by_seed(folders)
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    return '\n'.join(compare(line, groups) for line in lines if line and not line.startswith('#'))
 
 
 # -----------------------------------------------------------------------------
@@ -293,6 +352,47 @@ def plot(folders, out):
     plt.close(fig)
 
 
+def plane(folders, old, new, out):
+    """Loss on old data against loss on new data at the end, a point a row: down and left is better.
+
+    A line joins neighbours of the list that differ in replay, or in the rates, alone. Squares started from random
+    weights; the star is where the others started from.
+    """
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    groups = {label: runs for label, runs in by_seed(folders).items() if {old, new} <= set(runs[0].sets)}
+    if not groups:
+        raise EvalError(f'no run was evaluated on both {old} and {new}')
+    fig, ax = plt.subplots(figsize=(6.4, 4.8), layout='constrained')
+    before, color = None, -1
+    for label, runs in groups.items():
+        at = np.array([[run.losses(old)[-1], run.losses(new)[-1]] for run in runs])        # (seeds, 2)
+        (x, y), (dx, dy) = at.mean(0), at.std(0, ddof=1) if len(runs) > 1 else (0, 0)
+        config = {k: v for k, v in runs[0].config.items() if k not in QUIET}
+        differ = before and {k for k in config if config[k] != before[0].get(k, config[k])}
+        joined = runs[0].seen and differ and (differ <= {'replay'} or differ <= {'learning_rate', 'min_lr'})
+        color += not joined
+        style = dict(color=STYLES[color % 7][0], zorder=3)
+        ax.errorbar(x, y, dy, dx, marker='o' if runs[0].seen else 's', ms=6, lw=1, **style)
+        if joined:
+            ax.plot([before[1], x], [before[2], y], lw=1, **style)
+        short = f'{config["replay"]:.3g}' if joined and 'replay' in differ else f'{config["learning_rate"]:.3g}'
+        ax.annotate(short if joined else label, (x, y), xytext=(4, 6), textcoords='offset points', fontsize=8)
+        before = (config, x, y) if runs[0].seen else None
+    if start := [[run.losses(old)[0], run.losses(new)[0]] for runs in groups.values() for run in runs if run.seen]:
+        x, y = np.mean(start, 0)
+        ax.plot(x, y, '*', color='0.3', ms=12)
+        ax.annotate('start', (x, y), xytext=(7, 4), textcoords='offset points', fontsize=8)
+    ax.set(xlabel=f'loss on {old}, old data (nats per token)', ylabel=f'loss on {new}, new data (nats per token)')
+    ax.set_title('circles continue a trained model, squares start from random weights; down and left is better', fontsize=8)
+    ax.margins(0.15)
+    ax.grid(alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
+    fig.savefig(out, dpi=130)
+    plt.close(fig)
+
+
 def report(folder):
     """At the end of a run: draw its curve, return its row."""
     if not Run(folder).sets:
@@ -330,7 +430,7 @@ def loss_command(args):
 
 
 def table_command(args):
-    text = table(args.runs)
+    text = table(args.runs) + (f'\n\n{claims(args.claims, args.runs)}' if args.claims else '')
     print(text)
     if args.out:
         Path(args.out).write_text(text + '\n')
@@ -340,7 +440,7 @@ def table_command(args):
 def plot_command(args):
     if not args.out.endswith('.png'):
         raise EvalError(f'--out {args.out}: expected a name that ends in .png')
-    plot(args.runs, args.out)
+    plane(args.runs, *args.plane, args.out) if args.plane else plot(args.runs, args.out)
     print(args.out)
 
 
@@ -375,6 +475,10 @@ def main(argv):
         p = commands.add_parser(name, help=what)
         p.add_argument('runs', nargs='+')
         p.add_argument('--out', default=out)
+        if name == 'table':
+            p.add_argument('--claims', metavar='FILE', help="lines 'docs: row_a < row_b | sentence' to test on the runs")
+        else:
+            p.add_argument('--plane', nargs=2, metavar=('OLD', 'NEW'), help='final loss on one set against the other')
         p.set_defaults(command=command)
     p = commands.add_parser('sample', help='generate text')
     p.add_argument('run')

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One domain after another, or their mixture (Ibrahim et al. 2024, appendix A.1). Seed 1; about 2 minutes on 2 CPU cores
+# after first_curve.
+SEEDS=${SEEDS:-1}
+. "$(dirname "$0")/../common.sh"
+here=results/domains
+
+pretrained
+for s in $SEEDS; do
+    on $s domains_one_by_one config/domains_maths.py
+    on $s domains_mixed config/domains_maths.py --train_data="{'maths': 1}" --switches='[]'
+done
+wait
+
+runs=$(for s in $SEEDS; do echo out/domains_{one_by_one,mixed}_seed$s; done)
+python eval.py table $runs --claims $here/claims.txt --out $here/table.md
+python eval.py plot $runs --out $here/forgetting.png

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Are earlier checkpoints easier to continue from? (Gupta et al. 2023, Figs. 7-9: steps 10,000, 27,000 and 143,000 of
+# Pythia, here 70, 190 and 1,000 of 1,000.) Seed 1; about 4 minutes on 2 CPU cores after warmup.
+SEEDS=${SEEDS:-1}
+. "$(dirname "$0")/../common.sh"
+here=results/earlier
+
+pretrained
+for s in $SEEDS; do
+    for step in 70 190; do
+        for x in 0 0.01; do
+            run from_step${step}_warmup${x#0.0}_seed$s config/rewarm_docs_code.py --seed=$s --replay=0 --warmup=$x \
+                --init_from=out/pretrain_docs_seed$s/ckpt_$(printf %08d $step).pt
+        done
+    done
+    on $s rewarm_warmup0 config/rewarm_docs_code.py --replay=0 --warmup=0
+    on $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
+    run scratch_code_seed$s config/scratch_code.py --seed=$s
+done
+wait
+
+runs=$(for s in $SEEDS; do echo out/{from_step{70,190}_warmup{0,1},rewarm_warmup0,rewarm_replay0,scratch_code}_seed$s; done)
+python eval.py table $runs --claims $here/claims.txt --out $here/table.md
+python eval.py plot $runs --out $here/forgetting.png

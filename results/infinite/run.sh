@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Infinite schedules against the cosine: on one dataset from random weights (Ibrahim et al. 2024, Fig. 9), on new data,
+# and against the cosine repeated over three datasets (Fig. 10). Three seeds on one dataset, seed 1 on three; about 25
+# minutes on 2 CPU cores after replay.
+. "$(dirname "$0")/../common.sh"
+here=results/infinite
+
+pretrained
+for s in $SEEDS; do
+    for kind in infinite_cosine infinite_inv_sqrt; do
+        run docs_${kind}_seed$s config/pretrain_docs.py --seed=$s --schedule=$kind
+        on $s maths_$kind config/rewarm_docs_maths.py --replay=0 --schedule=$kind
+    done
+    on $s maths_replay0 config/rewarm_docs_maths.py --replay=0
+done
+
+run splits_repeated_seed1 config/infinite_docs.py --seed=1 --schedule=repeated_cosine
+for kind in cosine inv_sqrt; do
+    run splits_infinite_${kind}_seed1 config/infinite_docs.py --seed=1 --schedule=infinite_$kind
+done
+wait
+# Released models: from 85% of each part the rate falls to its end, while the main line goes on to the next part.
+for kind in cosine inv_sqrt; do
+    for part in 1 2 3; do
+        anneal=$((300 * part - 45))
+        run splits_infinite_${kind}_release${part}_seed1 config/infinite_docs.py --seed=1 --schedule=infinite_$kind \
+            --branch_from=out/splits_infinite_${kind}_seed1/ckpt_$(printf %08d $anneal).pt --anneal=$anneal \
+            --max_steps=$((300 * part)) --train_data="{'docs_${part}of3': 1}" --switches='[]' --milestones='[]'
+    done
+done
+wait
+
+one=$(echo out/{pretrain_docs,docs_infinite_cosine,docs_infinite_inv_sqrt}_seed?)
+new=$(echo out/maths_{replay0,infinite_cosine,infinite_inv_sqrt}_seed?)
+three=$(echo out/splits_{repeated,infinite_{cosine,inv_sqrt}{,_release{1,2,3}}}_seed1)
+python eval.py table $one --claims $here/claims_one.txt --out $here/table_one.md
+python eval.py table $new --claims $here/claims_new.txt --out $here/table_new.md
+python eval.py table $three --claims $here/claims_three.txt --out $here/table_three.md
+python eval.py plot $one --out $here/one.png
+python eval.py plot $new --out $here/new.png
+python eval.py plot $three --out $here/three.png

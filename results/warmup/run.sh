@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# How long to warm up: 0, 0.5, 1 and 2% of the stage (Gupta et al. 2023, Fig. 1; Ibrahim et al. 2024, Fig. 3).
+# Seed 1; about 5 minutes on 2 CPU cores after first_curve.
+SEEDS=${SEEDS:-1}
+. "$(dirname "$0")/../common.sh"
+here=results/warmup
+
+pretrained
+for s in $SEEDS; do
+    on $s rewarm_warmup0 config/rewarm_docs_code.py --replay=0 --warmup=0
+    on $s rewarm_warmup0.5 config/rewarm_docs_code.py --replay=0 --warmup=0.005
+    on $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
+    on $s rewarm_warmup2 config/rewarm_docs_code.py --replay=0 --warmup=0.02
+done
+wait
+
+runs=$(for s in $SEEDS; do echo out/{rewarm_warmup0,rewarm_warmup0.5,rewarm_replay0,rewarm_warmup2}_seed$s; done)
+python eval.py table $runs --claims $here/claims.txt --out $here/table.md
+python eval.py plot $runs --out $here/forgetting.png
