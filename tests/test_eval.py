@@ -192,7 +192,79 @@ def test_the_table_of_a_real_run(config, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# Claims
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """a and b with three seeds, c with one; on 'old' b ends 0.1, 0.2 and 0.3 above a."""
+    monkeypatch.chdir(tmp_path)
+    runs = [run_folder(f'{row}_seed{seed}', [(0, {'old': 1.0, 'new': 3.0}), (5, {'old': 1.9, 'new': 2.5}),
+                                             (10, {'old': end, 'new': new})], seed=seed, max_steps=10)
+            for row, ends, new in (('a', (1.2, 1.3, 1.4), 2.0), ('b', (1.3, 1.5, 1.7), 2.01))
+            for seed, end in enumerate(ends, 1)]
+    return [*runs, run_folder('c_seed2', [(0, {'old': 1.0, 'new': 3.0}), (10, {'old': 1.6, 'new': 1.5})], seed=2, max_steps=10)]
+
+
+@pytest.mark.parametrize('formula, verdict, effects', [
+    ('old: a < b', 'Holds', ['0.200 ± 0.100, 3 seeds']), ('old: b < a', 'Does not hold', ['-0.200 ± 0.100, 3 seeds']),
+    ('old: a < b < c', 'Holds', ['0.200 ± 0.100, 3 seeds', '0.100, one seed']),
+    ('old: a < c < b', 'Does not hold', ['0.300, one seed', '-0.100, one seed']),
+    ('old: a + 0.15 < b', 'Not decided', ['0.050 ± 0.100']), ('old: a - 0.05 < b', 'Holds', ['0.250 ± 0.100']),
+    ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100 ± 0.000']), ('old: 0.5 * a@rise < b@rise', 'Holds', ['0.350']),
+    ('new: a ~0.02 b', 'Holds', ['0.010 ± 0.000']), ('new: a ~0.005 b', 'Does not hold', ['0.010']),
+    ('old: a@start < a', 'Holds', ['0.300 ± 0.100']), ('old: a < a@peak', 'Holds', ['0.600']),
+    ('new: a@best < a@5', 'Holds', ['0.500']), ('average: a < b', 'Holds', ['0.105 ± 0.050'])])
+def test_claims_by_hand(rows, formula, verdict, effects):
+    Path('claims.txt').write_text(f'# what is said\n\n{formula} | It is so (Someone, Fig. 1)\n')
+    line = eval.claims('claims.txt', rows)
+    assert line.startswith(f'- **{verdict}') and 'It is so (Someone, Fig. 1)' in line and '\n' not in line
+    assert all(f'(by {effect}' in line for effect in effects), line
+
+
+@pytest.mark.parametrize('line', ['old: a < d | no such row', 'odl: a < b | no such set', 'old: a b | no relation',
+                                  'old: a < b', 'old: a@7 < b | no such step', 'old: a@end < b | no such time'])
+def test_claims_that_say_nothing(rows, line):
+    Path('claims.txt').write_text(line)
+    with pytest.raises(eval.EvalError, match='claim .* expected like'):
+        eval.claims('claims.txt', rows)
+
+
+def test_claims_follow_the_table(rows, capsys):
+    Path('claims.txt').write_text('old: a < b | First\nold: b < a | Second')
+    out = said(capsys, 'table', *rows, '--claims', 'claims.txt', '--out', 'table.md')
+    assert Path('table.md').read_text() == out and out.index('| c ') < out.index('First') < out.index('Second')
+    run_folder('d', [(0, {'old': 1.0}), (5, {'old': 1.0})], max_steps=10)
+    eval.main(['table', 'd'])
+    assert 'd is not finished: step 5 of 10' in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
 # Pictures
+
+def test_the_plane(rows, monkeypatch):
+    """A point a row at its mean, joined where replay alone differs, runs from random weights as squares."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    run_folder('a_replay', [(0, {'old': 1.0, 'new': 3.0}), (10, {'old': 1.1, 'new': 2.2})], replay=0.05, seed=1, max_steps=10)
+    run_folder('union', [(0, {'old': 6.0, 'new': 6.0}), (10, {'old': 1.05, 'new': 2.1})], seen=(), max_steps=10)
+    run_folder('less', [(0, {'old': 1.0}), (10, {'old': 2.0})], max_steps=10)
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    eval.plane([*rows[:3], 'a_replay', 'union', 'less'], 'old', 'new', 'x.png')
+    (ax,) = figures[0].axes
+    points = {line.get_marker(): line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 1}
+    assert {'o', 's', '*'} == set(points)
+    np.testing.assert_allclose(points['s'], [[1.05, 2.1]])
+    np.testing.assert_allclose(points['*'], [[1.0, 3.0]])
+    joins = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_marker() == 'None']
+    assert any(np.allclose(join, [[1.3, 2.0], [1.1, 2.2]]) for join in joins)
+    assert [t.get_text() for t in ax.texts] == ['a', '0.05', 'union', 'start']
+    with pytest.raises(eval.EvalError, match='old and newer'):
+        eval.plane(rows, 'old', 'newer', 'x.png')
+    assert not eval.main(['plot', *rows, '--plane', 'old', 'new', '--out', 'plane.png'])
+    assert Path('plane.png').read_bytes()[:4] == b'\x89PNG'
+
 
 def test_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ for s in $SEEDS; do
     run scratch_code_seed$s config/scratch_code.py --seed=$s
     on $s reuse_general config/reuse_docs_examples.py --switches='[]'
     on $s reuse_qa_late config/reuse_docs_examples.py
-    on $s reuse_qa_first config/reuse_docs_examples.py --train_data="{'docs': 0.9, 'examples': 0.1}" --switches="[{'step': 86, 'train_data': {'docs': 1}}]"
+    on $s reuse_qa_first config/reuse_docs_examples.py --train_data="{'docs': 0.9, 'examples': 0.1}" --switches="[{'step': 87, 'train_data': {'docs': 1}}]"
 done
 wait
 

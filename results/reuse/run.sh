@@ -15,8 +15,8 @@ for s in $SEEDS; do
         on $s reuse_qa_late$rewarmed config/reuse_docs_examples.py ${rewarmed:+$rewarm}
     done
     # As many examples as reuse_qa_late takes, but spread over the whole stage, or first.
-    on $s reuse_qa_spread config/reuse_docs_examples.py --switches='[]' --train_data="{'docs': 1 - 0.1 * 86 / 300, 'examples': 0.1 * 86 / 300}"
-    on $s reuse_qa_first config/reuse_docs_examples.py --train_data="$qa" --switches="[{'step': 86, 'train_data': {'docs': 1}}]"
+    on $s reuse_qa_spread config/reuse_docs_examples.py --switches='[]' --train_data="{'docs': 1 - 0.1 * 87 / 300, 'examples': 0.1 * 87 / 300}"
+    on $s reuse_qa_first config/reuse_docs_examples.py --train_data="$qa" --switches="[{'step': 87, 'train_data': {'docs': 1}}]"
     on $s reuse_end_tenth config/reuse_docs_examples.py --min_lr=3e-5
     on $s reuse_end_zero config/reuse_docs_examples.py --min_lr=0
     for k in 2 10 50; do
