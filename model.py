@@ -1,10 +1,12 @@
 """GPT-NeoX (Black et al. 2022, arXiv:2204.06745), the model of Pythia (Biderman et al. 2023, 2304.01373).
 
-Read top to bottom: configuration, operations, modules, optimizer, Hugging Face files, sampling.
+Read top to bottom: configuration, operations, modules, sampling, optimizer, Hugging Face files. Three operations
+come twice: in PyTorch and, below it, as Triton kernels, which a GPU runs. A first reading may skip the kernels.
 
 Shapes:  B batch   T tokens of a sequence   C hidden_size   H heads   D = C / H head size   R rotary dims
-         F intermediate_size (4 C)   V vocab_size
+         F intermediate_size (4 C)   V vocab_size   N = B T tokens of a batch
 """
+import functools
 import json
 import math
 import os
@@ -14,12 +16,21 @@ import tempfile
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:                     # pick_kernels then picks none; their definitions still have to be valid
+    triton, jit, constexpr = None, lambda kernel: kernel, None
 
 
 class ModelError(ValueError):
@@ -105,7 +116,200 @@ PYTHIA = {
 
 
 # -----------------------------------------------------------------------------
-# Operations: what the modules below compute, as plain functions.
+# Which operations run as Triton kernels.
+
+Fused = namedtuple('Fused', 'norm attention loss')      # True: by Triton kernels; False: by PyTorch
+PYTORCH = Fused(False, False, False)
+said = set()                                            # what pick_kernels has printed
+
+
+@torch.compiler.assume_constant_result                  # torch.compile runs it while tracing and keeps the result
+def pick_kernels(wanted, device, dtype, hidden_size, head_size):
+    """-> Fused. wanted: 'triton', 'torch', or 'auto', which is Triton on CUDA and PyTorch elsewhere.
+
+    Says once (rank 0) what runs where, and for each operation that falls back to PyTorch, why.
+    """
+    if wanted not in ('auto', 'triton', 'torch'):
+        raise ModelError(f"kernels is {wanted!r}, expected 'auto', 'triton' or 'torch'")
+    if wanted == 'torch' or wanted == 'auto' and device != 'cuda':
+        return PYTORCH
+    interpreted = triton is not None and triton.knobs.runtime.interpret     # TRITON_INTERPRET=1: tests, on a CPU
+    reason = ('Triton is not installed' if triton is None else
+              f'Triton needs a GPU with CUDA, this is {device}' if device != 'cuda' and not interpreted else
+              'this GPU is too old: compute capability below 8.0'
+              if device == 'cuda' and torch.cuda.get_device_capability() < (8, 0) else
+              f'{dtype} is not one of float32, float16, bfloat16'
+              if dtype not in (torch.float32, torch.float16, torch.bfloat16) else '')
+    reasons = Fused(norm=reason or f'width {hidden_size} is above 8192' * (hidden_size > 8192),
+                    attention=reason or f'head size {head_size} is above 256' * (head_size > 256), loss=reason)
+    line = 'kernels: ' + ', '.join(f'{name} by PyTorch ({reason})' if reason else f'{name} by Triton'
+                                   for name, reason in reasons._asdict().items())
+    if line not in said and os.environ.get('RANK', '0') == '0':
+        print(line, flush=True)
+    said.add(line)
+    return Fused(*(not reason for reason in reasons))
+
+
+def compute_dtype(x):
+    """The type of matrix products: autocast's, or without autocast that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def launcher(*outputs):
+    """Decorator: a function that only fills `outputs`, tensors among its arguments, becomes an operator of PyTorch.
+
+    torch.compile then takes it as it is, and since it allocates nothing, needs no description of its shapes.
+    """
+    def register(launch):
+        @functools.wraps(launch)
+        def on_its_device(x, *args):
+            with torch.cuda.device_of(x):               # Triton would launch on the current device
+                launch(x, *args)
+        return torch.library.custom_op(f'rewarm::{launch.__name__}', on_its_device, mutates_args=outputs)
+    return register
+
+
+# -----------------------------------------------------------------------------
+# Operations: what the modules below compute, as plain functions. First the residual sum and LayerNorm.
+
+def add_norm(x, branches, norms, fused=PYTORCH):
+    """The sum s of x and 0 to 2 branches (all (B, T, C)), and its LayerNorms -> (s, norms[0](s), ...).
+
+    In a parallel block both norms see the same s, and so share its mean and variance.
+    """
+    if fused.norm:
+        a, m = (*branches, None, None)[:2]
+        w1, b1, w2, b2 = (*(p for norm in norms for p in (norm.weight, norm.bias)), None, None)[:4]
+        return AddNorm.apply(x, a, m, w1, b1, w2, b2, norms[0].eps, compute_dtype(x))
+    for branch in branches:
+        x = x + branch
+    return x, *(norm(x) for norm in norms)
+
+
+class AddNorm(torch.autograd.Function):
+    """add_norm in one pass over memory each way; memory traffic is all that these operations cost on a GPU.
+
+    With n = (s - mean) rstd and y_i = n w_i + b_i, let g = sum_i w_i dy_i and <.> the mean over a row. Then
+    dx = rstd (g - <g> - n <g n>) + ds:  linear in g, so that two norms need no more reductions than one. It is the
+    gradient of the branches, too. dw_i = sum over rows of n dy_i,  db_i = sum over rows of dy_i.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, m, w1, b1, w2, b2, eps, dtype):
+        x, a, m = (t if t is None else t.contiguous() for t in (x, a, m))
+        s, y1 = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+        y2 = None if w2 is None else torch.empty_like(y1)
+        mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+        add_norm_forward(x, a, m, w1, b1, w2, b2, s, y1, y2, mean, rstd, eps)
+        ctx.save_for_backward(s, mean, rstd, w1, w2)
+        ctx.branches = tuple(t if t is None else t.dtype for t in (a, m))
+        return (s, y1) if y2 is None else (s, y1, y2)
+
+    @staticmethod
+    def backward(ctx, ds, dy1, dy2=None):
+        s, mean, rstd, w1, w2 = ctx.saved_tensors
+        ds, dy1, dy2 = (t if t is None else t.contiguous() for t in (ds, dy1, dy2))     # a sum's has stride 0
+        # A few programs go over many rows each and keep the sums of their rows in registers; one sum over the
+        # programs follows. Atomic additions would come in another order in every run.
+        programs = 4 * torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 4
+        sums = s.new_empty(programs, 2 if w2 is None else 4, s.shape[-1], dtype=torch.float32)
+        dx = torch.empty_like(s)
+        a, m = ctx.branches
+        rounded = None if a in (None, s.dtype) else torch.empty_like(s, dtype=a)    # fp32 stream, bf16 branches
+        add_norm_backward(s, mean, rstd, w1, w2, ds, dy1, dy2, dx, rounded, sums)
+        dbranch = dx if rounded is None else rounded
+        dw1, db1, dw2, db2 = (*sums.sum(0), None, None)[:4]
+        return dx, a and dbranch, m and dbranch, dw1, db1, dw2, db2, None, None
+
+
+def row_tile(C):
+    """(rows of a tile, its columns, warps): rows of C numbers whole, padded to a power of 2."""
+    columns = triton.next_power_of_2(C)
+    return max(1, 1024 // columns), columns, min(max(columns // 256, 4), 16)
+
+
+@launcher('s', 'y1', 'y2', 'mean', 'rstd')
+def add_norm_forward(x: Tensor, a: Optional[Tensor], m: Optional[Tensor], w1: Tensor, b1: Tensor, w2: Optional[Tensor],
+                     b2: Optional[Tensor], s: Tensor, y1: Tensor, y2: Optional[Tensor], mean: Tensor, rstd: Tensor,
+                     eps: float) -> None:
+    (ROWS, COLS, warps), N = row_tile(x.shape[-1]), mean.numel()
+    add_norm_kernel[triton.cdiv(N, ROWS),](x, a, m, w1, b1, w2, b2, s, y1, y2, mean, rstd, N, eps, x.shape[-1],
+                                           ROWS, COLS, num_warps=warps)
+
+
+@jit
+def add_norm_kernel(X, A, M, W1, B1, W2, B2, S, Y1, Y2, Mean, Rstd, N, eps,
+                    C: constexpr, ROWS: constexpr, COLS: constexpr):
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside, at = (row < N)[:, None] & (col < C)[None, :], tl.cast(row, tl.int64)[:, None] * C + col[None, :]
+    s = tl.load(X + at, inside, 0).to(tl.float32)                   # (ROWS, COLS)
+    if A is not None:
+        s += tl.load(A + at, inside, 0).to(tl.float32)
+    if M is not None:
+        s += tl.load(M + at, inside, 0).to(tl.float32)
+    s = s.to(S.dtype.element_ty)
+    tl.store(S + at, s, inside)
+    s = s.to(tl.float32)                                            # as rounded: what the backward pass will read
+    mean = tl.sum(s, 1) / C
+    centred = tl.where(inside, s - mean[:, None], 0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    tl.store(Mean + row, mean, row < N)
+    tl.store(Rstd + row, rstd, row < N)
+    n = centred * rstd[:, None]
+    w, b = tl.load(W1 + col, col < C, 0).to(tl.float32), tl.load(B1 + col, col < C, 0).to(tl.float32)
+    tl.store(Y1 + at, (n * w[None, :] + b[None, :]).to(Y1.dtype.element_ty), inside)
+    if W2 is not None:
+        w, b = tl.load(W2 + col, col < C, 0).to(tl.float32), tl.load(B2 + col, col < C, 0).to(tl.float32)
+        tl.store(Y2 + at, (n * w[None, :] + b[None, :]).to(Y2.dtype.element_ty), inside)
+
+
+@launcher('dx', 'rounded', 'sums')
+def add_norm_backward(s: Tensor, mean: Tensor, rstd: Tensor, w1: Tensor, w2: Optional[Tensor], ds: Tensor, dy1: Tensor,
+                      dy2: Optional[Tensor], dx: Tensor, rounded: Optional[Tensor], sums: Tensor) -> None:
+    ROWS, COLS, warps = row_tile(s.shape[-1])
+    add_norm_backward_kernel[sums.shape[0],](s, mean, rstd, w1, w2, ds, dy1, dy2, dx, rounded, sums, mean.numel(),
+                                             s.shape[-1], ROWS, COLS, num_warps=warps)
+
+
+@jit
+def add_norm_backward_kernel(S, Mean, Rstd, W1, W2, DS, DY1, DY2, DX, Rounded, Sums, N,
+                             C: constexpr, ROWS: constexpr, COLS: constexpr):
+    col = tl.arange(0, COLS)
+    w1 = tl.load(W1 + col, col < C, 0).to(tl.float32)[None, :]
+    dw1, db1 = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    if W2 is not None:
+        w2 = tl.load(W2 + col, col < C, 0).to(tl.float32)[None, :]
+        dw2, db2 = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside, at = (row < N)[:, None] & (col < C)[None, :], tl.cast(row, tl.int64)[:, None] * C + col[None, :]
+        mean, rstd = tl.load(Mean + row, row < N, 0)[:, None], tl.load(Rstd + row, row < N, 0)[:, None]
+        n = tl.where(inside, (tl.load(S + at, inside, 0).to(tl.float32) - mean) * rstd, 0)
+        dy = tl.load(DY1 + at, inside, 0).to(tl.float32)
+        g = dy * w1
+        dw1 += n * dy
+        db1 += dy
+        if W2 is not None:
+            dy = tl.load(DY2 + at, inside, 0).to(tl.float32)
+            g += dy * w2
+            dw2 += n * dy
+            db2 += dy
+        mean_g, mean_gn = tl.sum(g, 1)[:, None] / C, tl.sum(g * n, 1)[:, None] / C
+        dx = rstd * (g - mean_g - n * mean_gn) + tl.load(DS + at, inside, 0).to(tl.float32)
+        tl.store(DX + at, dx.to(DX.dtype.element_ty), inside)
+        if Rounded is not None:
+            tl.store(Rounded + at, dx.to(Rounded.dtype.element_ty), inside)
+    Sums += tl.program_id(0) * (2 if W2 is None else 4) * C + col
+    tl.store(Sums, tl.sum(dw1, 0), col < C)
+    tl.store(Sums + C, tl.sum(db1, 0), col < C)
+    if W2 is not None:
+        tl.store(Sums + 2 * C, tl.sum(dw2, 0), col < C)
+        tl.store(Sums + 3 * C, tl.sum(db2, 0), col < C)
+
+
+# -----------------------------------------------------------------------------
+# Rotary position embedding
 
 def rotary_tables(config):
     """cos and sin of position * base^(-2i / R), float32, each (max_position_embeddings, R), halves alike.
@@ -151,6 +355,32 @@ class SplitHeads(torch.autograd.Function):
         rotate_(grad[..., :2, :cos.shape[-1]], cos[:, None, None], -sin[:, None, None])
         return grad, None, None
 
+
+@launcher('qkv')
+def rotate_packed_(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """Rotate the first R dims of q and k in a packed (B, T, H, 3, D), in place, and touch nothing else."""
+    B, T, H, _, D = qkv.shape
+    N, half = 2 * B * T * H, cos.shape[-1] // 2
+    if half:
+        rotate_kernel[triton.cdiv(N, 128),](qkv, cos, sin, N, T, H, D, half, triton.next_power_of_2(half), 128,
+                                            -1 if inverse else 1)
+
+
+@jit
+def rotate_kernel(QKV, Cos, Sin, N, T, H: constexpr, D: constexpr, HALF: constexpr, COLS: constexpr, ROWS: constexpr,
+                  SIGN: constexpr):
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row < N)[:, None] & (col < HALF)[None, :]             # row: sequence, token, head, q or k; flat
+    angle = (row // (2 * H) % T)[:, None] * (2 * HALF) + col[None, :]       # the tables' halves are alike
+    cos, sin = tl.load(Cos + angle, inside, 0).to(tl.float32), tl.load(Sin + angle, inside, 0).to(tl.float32) * SIGN
+    first = QKV + (tl.cast(row // 2, tl.int64) * (3 * D) + row % 2 * D)[:, None] + col[None, :]
+    a, b = tl.load(first, inside, 0).to(tl.float32), tl.load(first + HALF, inside, 0).to(tl.float32)
+    tl.store(first, (a * cos - b * sin).to(QKV.dtype.element_ty), inside)
+    tl.store(first + HALF, (b * cos + a * sin).to(QKV.dtype.element_ty), inside)
+
+
+# -----------------------------------------------------------------------------
+# Causal attention
 
 class BlockedAttention(torch.autograd.Function):
     """Causal attention of (3, B, H, T, D) by batched matrix products over blocks of queries -> (B, H, T, D).
@@ -216,6 +446,173 @@ def cached_attention(qkv, past):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible), (k, v)
 
 
+class FlashAttention(torch.autograd.Function):
+    """Rotary and causal attention of a packed projection (B, T, H, 3, D) -> (B, T, C), with no copy of either.
+
+    FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2): scores S = q k^T / sqrt(D) exist only as tiles
+    in registers. Going along a row, its peak m and its sum l of exp(S - m) are brought up to date tile by tile
+    (Milakov & Gimelshein 2018, arXiv:1805.02867), and what is summed already shrinks by exp(m_old - m_new). Kept for
+    the backward pass: L = m + log l, so that P = exp(S - L) is one step. There, with delta = rowsum(dO o O), which is
+    BlockedAttention's rowsum(P o dP):  dS = P o (dP - delta). One kernel goes along the rows for dq, another along the
+    columns for dk and dv: each tile is computed twice, but no two programs add to one place, so results repeat bit
+    for bit. Exponentials are base 2, the one that GPUs have; log2(e) goes into the scale.
+
+    The projection is rotated in place: nothing else keeps it, a linear layer does not need its output again.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        B, T, H, _, D = qkv.shape
+        rotate_packed_(qkv, cos, sin, False)
+        o, L = qkv.new_empty(B, T, H * D), qkv.new_empty(B, H, T, dtype=torch.float32)
+        attention_forward(qkv, o, L)
+        ctx.save_for_backward(qkv, o, L, cos, sin)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        qkv, o, L, cos, sin = ctx.saved_tensors
+        dqkv, delta = torch.empty_like(qkv), torch.empty_like(L)
+        attention_backward(qkv, o, L, do.contiguous(), dqkv, delta)
+        rotate_packed_(dqkv, cos, sin, True)
+        return dqkv, None, None
+
+
+# Tiles of (queries, keys), warps, stages of the pipeline, by the padded head size in bytes: forward, dq, dk and dv.
+# The largest that neither spill registers nor take more shared memory than a GPU has (tests/test_kernels.py).
+ATTENTION_TILES = {
+    128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    512: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    1024: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
+
+
+def attention_sizes(qkv):
+    """(B, T, H, D, D padded to what a matrix unit takes, tiles of the three kernels)"""
+    B, T, H, _, D = qkv.shape
+    padded = max(16, triton.next_power_of_2(D))
+    return B, T, H, D, padded, ATTENTION_TILES[max(128, padded * qkv.element_size())]
+
+
+@launcher('o', 'L')
+def attention_forward(qkv: Tensor, o: Tensor, L: Tensor) -> None:
+    B, T, H, D, padded, ((M, N, warps, stages), _, _) = attention_sizes(qkv)
+    attention_kernel[triton.cdiv(T, M), B * H](qkv, o, L, T, D**-0.5 * math.log2(math.e), H, D, padded, M, N,
+                                               num_warps=warps, num_stages=stages)
+
+
+@launcher('dqkv', 'delta')
+def attention_backward(qkv: Tensor, o: Tensor, L: Tensor, do: Tensor, dqkv: Tensor, delta: Tensor) -> None:
+    B, T, H, D, padded, (_, (M, N, warps, stages), dkv) = attention_sizes(qkv)
+    attention_dq_kernel[triton.cdiv(T, M), B * H](qkv, o, L, do, dqkv, delta, T, D**-0.5, H, D, padded, M, N,
+                                                  num_warps=warps, num_stages=stages)
+    M, N, warps, stages = dkv                           # after it, for the delta that it writes
+    attention_dkv_kernel[triton.cdiv(T, N), B * H](qkv, L, do, dqkv, delta, T, D**-0.5, H, D, padded, M, N,
+                                                   num_warps=warps, num_stages=stages)
+
+
+@jit
+def head_of(QKV, T, H: constexpr, D: constexpr):
+    """This program's head of its sequence: the address of its first q in a (B, T, H, 3, D)."""
+    return QKV + tl.cast(tl.program_id(1) // H, tl.int64) * T * (3 * H * D) + tl.program_id(1) % H * (3 * D)
+
+
+@jit
+def output_of(O, T, H: constexpr, D: constexpr):
+    """The same in a (B, T, H, D)."""
+    return O + tl.cast(tl.program_id(1) // H, tl.int64) * T * (H * D) + tl.program_id(1) % H * D
+
+
+@jit
+def tile(row, col, pitch, T, D: constexpr):
+    """(offsets, mask) of rows `pitch` apart: none past the end of the sequence (ragged T) or of the head (D padded)."""
+    return row[:, None] * pitch + col[None, :], (row < T)[:, None] & (col < D)[None, :]
+
+
+@jit
+def attention_kernel(QKV, O, L, T, scale, H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M         # the longest rows first: no late straggler
+    row, col = start + tl.arange(0, M), tl.arange(0, COLS)
+    Q = head_of(QKV, T, H, D)
+    at, inside = tile(row, col, 3 * H * D, T, D)
+    q = tl.load(Q + at, inside, 0)                                  # (M, D)
+    peak, total = tl.full((M,), float('-inf'), tl.float32), tl.zeros((M,), tl.float32)
+    out = tl.zeros((M, COLS), tl.float32)
+    for diagonal in tl.static_range(2):                             # tiles before the diagonal need no mask
+        for s in range(start if diagonal else 0, tl.minimum(start + M, T) if diagonal else start, N):
+            key = s + tl.arange(0, N)
+            at, inside = tile(key, col, 3 * H * D, T, D)
+            k, v = tl.load(Q + D + at, inside, 0), tl.load(Q + 2 * D + at, inside, 0)       # (N, D)
+            scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale                 # (M, N), base 2
+            if diagonal:
+                scores = tl.where(row[:, None] >= key[None, :], scores, float('-inf'))
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            p, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(peak - higher)
+            total = total * shrink + tl.sum(p, 1)
+            out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision='ieee')
+            peak = higher
+    tl.store(L + tl.program_id(1) * T + row, peak + tl.log2(total), row < T)
+    at, inside = tile(row, col, H * D, T, D)
+    tl.store(output_of(O, T, H, D) + at, (out / total[:, None]).to(O.dtype.element_ty), inside)
+
+
+@jit
+def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale,
+                        H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    row, col = start + tl.arange(0, M), tl.arange(0, COLS)
+    Q = head_of(QKV, T, H, D)
+    at, inside = tile(row, col, H * D, T, D)
+    o, do = tl.load(output_of(O, T, H, D) + at, inside, 0), tl.load(output_of(DO, T, H, D) + at, inside, 0)
+    at, inside = tile(row, col, 3 * H * D, T, D)
+    q = tl.load(Q + at, inside, 0)                                  # (M, D)
+    lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))        # past the end: P = exp(S - inf) = 0
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(Delta + tl.program_id(1) * T + row, delta, row < T)
+    dq = tl.zeros((M, COLS), tl.float32)
+    for diagonal in tl.static_range(2):
+        for s in range(start if diagonal else 0, tl.minimum(start + M, T) if diagonal else start, N):
+            key = s + tl.arange(0, N)
+            at_key, real = tile(key, col, 3 * H * D, T, D)
+            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (N, D)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * 1.4426950408889634) - lse[:, None])
+            if diagonal:
+                p = tl.where(row[:, None] >= key[None, :], p, 0)
+            ds = p * (tl.dot(do, tl.trans(v), input_precision='ieee') - delta[:, None])     # (M, N)
+            dq += tl.dot(ds.to(k.dtype), k, input_precision='ieee')
+    tl.store(head_of(DQKV, T, H, D) + at, (dq * scale).to(DQKV.dtype.element_ty), inside)
+
+
+@jit
+def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, scale,
+                         H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
+    start = tl.program_id(0) * N
+    key, col = start + tl.arange(0, N), tl.arange(0, COLS)
+    Q = head_of(QKV, T, H, D)
+    at, inside = tile(key, col, 3 * H * D, T, D)
+    k, v = tl.load(Q + D + at, inside, 0), tl.load(Q + 2 * D + at, inside, 0)               # (N, D)
+    dk, dv = tl.zeros((N, COLS), tl.float32), tl.zeros((N, COLS), tl.float32)
+    for after in tl.static_range(2):                                # queries at the diagonal, then those after it
+        for s in range(start + N if after else start, T if after else tl.minimum(start + N, T), M):
+            row = s + tl.arange(0, M)
+            at_q, real = tile(row, col, 3 * H * D, T, D)
+            at_o, _ = tile(row, col, H * D, T, D)
+            q, do = tl.load(Q + at_q, real, 0), tl.load(output_of(DO, T, H, D) + at_o, real, 0)     # (M, D)
+            lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))
+            delta = tl.load(Delta + tl.program_id(1) * T + row, row < T, 0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * (scale * 1.4426950408889634) - lse[None, :])
+            if not after:
+                p = tl.where(row[None, :] >= key[:, None], p, 0)
+            dv += tl.dot(p.to(do.dtype), do, input_precision='ieee')
+            ds = p * (tl.dot(v, tl.trans(do), input_precision='ieee') - delta[None, :])
+            dk += tl.dot(ds.to(q.dtype), q, input_precision='ieee')
+    tl.store(head_of(DQKV, T, H, D) + D + at, (dk * scale).to(DQKV.dtype.element_ty), inside)
+    tl.store(head_of(DQKV, T, H, D) + 2 * D + at, dv.to(DQKV.dtype.element_ty), inside)
+
+
+# -----------------------------------------------------------------------------
+# Loss
+
 def cross_entropy(logits, targets, reduction='mean'):
     """Loss in nats per token, computed in float32 (float64 stays). logits (B, T, V), targets (B, T).
 
@@ -224,6 +621,78 @@ def cross_entropy(logits, targets, reduction='mean'):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
     return loss.view_as(targets) if reduction == 'none' else loss
+
+
+def head_loss(x, head, targets, reduction='mean', fused=PYTORCH):
+    """cross_entropy(head(x), targets) for x (B, T, C) and the linear layer head."""
+    if fused.loss and (reduction == 'mean' or not torch.is_grad_enabled()):
+        x = x.to(compute_dtype(x)).flatten(0, 1)                    # (N, C)
+        loss = HeadLoss.apply(x, head.weight, targets.flatten(), torch.is_grad_enabled(), reduction)
+        return loss.view_as(targets) if reduction == 'none' else loss
+    return cross_entropy(head(x), targets, reduction)
+
+
+LOSS_ROWS = 16384           # of logits at a time; x V = 50304 in bfloat16: 1.6 GB
+
+
+class HeadLoss(torch.autograd.Function):
+    """cross_entropy(x W^T, targets) for x (N, C), W (V, C), with LOSS_ROWS rows of logits at a time, never in float32.
+
+    The logits' gradient, softmax(logits) - onehot(target), takes their place as soon as the loss is known, and goes
+    into dx and dW at once: the idea of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989). The factor that the backward
+    pass brings, divided by N, is applied there, so that fp16 sees it together with its loss scale. Chunks are large,
+    since each reads and writes all of dW.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradient, reduction):
+        w, losses, dx, dw = weight.to(x.dtype), [], [], torch.zeros_like(weight, dtype=torch.float32)
+        for x_rows, wanted in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+            logits = x_rows @ w.T                                   # (rows, V)
+            losses.append(x.new_empty(len(logits), dtype=torch.float32))
+            cross_entropy_(logits, wanted, losses[-1], with_gradient)
+            if with_gradient:                                       # logits now holds their gradient
+                dx.append(logits @ w)
+                dw += logits.T @ x_rows
+        if with_gradient:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        losses = torch.cat(losses)
+        return losses.mean() if reduction == 'mean' else losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        grad = grad / len(dx)
+        return dx * grad, dw * grad, None, None, None
+
+
+@launcher('logits', 'losses')
+def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, with_gradient: bool) -> None:
+    rows, V = logits.shape
+    block = min(8192, triton.next_power_of_2(V))
+    cross_entropy_kernel[rows,](logits, targets, losses, V, block, with_gradient, num_warps=8)
+
+
+@jit
+def cross_entropy_kernel(Logits, Targets, Losses, V: constexpr, BLOCK: constexpr, WITH_GRADIENT: constexpr):
+    """Loss of a row of logits (V), in a pass for their peak and sum; in another they become their own gradient."""
+    row = tl.program_id(0)
+    Logits += tl.cast(row, tl.int64) * V
+    target = tl.load(Targets + row)                                 # no such token: a loss of NaN
+    right = tl.load(Logits + target, (target >= 0) & (target < V), float('nan')).to(tl.float32)
+    peak, total = float('-inf'), 0.0
+    for s in range(0, V, BLOCK):
+        col = s + tl.arange(0, BLOCK)
+        x = tl.load(Logits + col, col < V, float('-inf')).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(x, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), 0)
+        peak = higher
+    lse = peak + tl.log(total)
+    tl.store(Losses + row, lse - right)
+    if WITH_GRADIENT:
+        for s in range(0, V, BLOCK):
+            col = s + tl.arange(0, BLOCK)
+            x = tl.load(Logits + col, col < V, float('-inf')).to(tl.float32)
+            tl.store(Logits + col, (tl.exp(x - lse) - (col == target)).to(Logits.dtype.element_ty), col < V)
 
 
 # -----------------------------------------------------------------------------
@@ -238,10 +707,15 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(C, 3 * C)                # rows: head 0's q, k, v, then head 1's, ...
         self.dense = nn.Linear(C, C)
 
-    def forward(self, x, cos, sin, past=None):
-        """x (B, T, C), past (k, v) of the tokens before it or None -> (B, T, C), (k, v) including x."""
+    def forward(self, x, cos, sin, past=None, fused=PYTORCH):
+        """x (B, T, C), past (k, v) of the tokens before it or None -> (B, T, C), (k, v) including x.
+
+        The kernels keep no (k, v): for training and evaluation, not for generating.
+        """
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, self.num_heads, 3, -1)     # (B, T, H, 3, D)
+        if fused.attention:
+            return self.dense(FlashAttention.apply(qkv, cos, sin)), None
         qkv = SplitHeads.apply(qkv, cos, sin)                       # (3, B, H, T, D)
         if past is None:
             y, present = causal_attention(qkv), (qkv[1], qkv[2])    # (B, H, T, D)
@@ -272,21 +746,27 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, past=None):
-        attended, present = self.attention(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x, branches, cos, sin, past=None, fused=PYTORCH):
+        """Residual x (B, T, C) and the branches still to be added to it -> the same after this layer, (k, v).
+
+        A sum is put off until the next LayerNorm, which reads it, so that one kernel can do both.
+        """
         if self.use_parallel_residual:
-            x = x + attended + self.mlp(self.post_attention_layernorm(x))
-        else:
-            x = x + attended
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, present
+            x, a, m = add_norm(x, branches, (self.input_layernorm, self.post_attention_layernorm), fused)
+            attended, present = self.attention(a, cos, sin, past, fused)
+            return x, (attended, self.mlp(m)), present
+        x, a = add_norm(x, branches, (self.input_layernorm,), fused)
+        attended, present = self.attention(a, cos, sin, past, fused)
+        x, m = add_norm(x, (attended,), (self.post_attention_layernorm,), fused)
+        return x, (self.mlp(m),), present
 
 
 class GPTNeoX(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, kernels='auto'):
+        """kernels: 'auto', 'triton' or 'torch' (pick_kernels); may be changed at any time, `model.kernels = ...`."""
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.gpt_neox = nn.ModuleDict(dict(
             embed_in=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
@@ -324,16 +804,20 @@ class GPTNeoX(nn.Module):
         if end > self.config.max_position_embeddings:
             raise ModelError(f'a sequence of {end} tokens is longer than the block size '
                              f'{self.config.max_position_embeddings} (max_position_embeddings); crop it')
+        if not idx.numel():
+            raise ModelError(f'an empty batch: token ids of shape {tuple(idx.shape)}, expected at least one token')
         cos, sin = self.cos[start:end], self.sin[start:end]         # (T, R)
-        x = self.gpt_neox.embed_in(idx)                             # (B, T, C)
+        x, branches = self.gpt_neox.embed_in(idx), ()               # (B, T, C)
+        fused = PYTORCH if cache else pick_kernels(self.kernels, x.device.type, compute_dtype(x),
+                                                   self.config.hidden_size, self.config.head_size)
         for i, layer in enumerate(self.gpt_neox.layers):
-            x, present = layer(x, cos, sin, cache[i] if cache else None)
+            x, branches, present = layer(x, branches, cos, sin, cache[i] if cache else None, fused)
             if cache:                                               # otherwise let go of the keys and values
                 cache[i] = present
-        logits = self.embed_out(self.gpt_neox.final_layer_norm(x))  # (B, T, V)
+        _, x = add_norm(x, branches, (self.gpt_neox.final_layer_norm,), fused)
         if targets is None:
-            return logits, None
-        return None, cross_entropy(logits, targets, reduction)
+            return self.embed_out(x), None                          # (B, T, V)
+        return None, head_loss(x, self.embed_out, targets, reduction, fused)
 
     def new_cache(self):
         """An empty key-value cache: for every layer None, later (k, v), each (B, H, tokens so far, D)."""
