@@ -478,20 +478,24 @@ class FlashAttention(torch.autograd.Function):
         return dqkv, None, None
 
 
-# Tiles of (queries, keys), warps, stages of the pipeline, by the padded head size in bytes: forward, dq, dk and dv.
-# The largest that neither spill registers nor take more shared memory than a GPU has (tests/test_kernels.py).
+# Tiles (queries, keys, warps, stages of the pipeline) of forward, dq, and dk dv, by bytes of a number and head size.
+# As large as goes without spilling registers (float32 heads above 64 do) and with 99 KB of shared memory, the least that
+# GPUs of compute capability 8.0 and up have. Keys divide queries in the first two, and queries keys in the last: so
+# tiles meet the diagonal with a corner.
 ATTENTION_TILES = {
-    128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    512: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    1024: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
+    (2, 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    (2, 256): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
+    (4, 64): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (4, 128): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (4, 256): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
 
 
 def attention_sizes(qkv):
     """(B, T, H, D, D padded to what a matrix unit takes, tiles of the three kernels)"""
     B, T, H, _, D = qkv.shape
     padded = max(16, triton.next_power_of_2(D))
-    return B, T, H, D, padded, ATTENTION_TILES[max(128, padded * qkv.element_size())]
+    return B, T, H, D, padded, ATTENTION_TILES[qkv.element_size(), max(64, padded)]
 
 
 @launcher('o', 'L')
@@ -541,8 +545,8 @@ def attention_kernel(QKV, O, L, T, scale, H: constexpr, D: constexpr, COLS: cons
     for diagonal in tl.static_range(2):                             # tiles before the diagonal need no mask
         for s in range(start if diagonal else 0, tl.minimum(start + M, T) if diagonal else start, N):
             key = s + tl.arange(0, N)
-            at, inside = tile(key, col, 3 * H * D, T, D)
-            k, v = tl.load(Q + D + at, inside, 0), tl.load(Q + 2 * D + at, inside, 0)       # (N, D)
+            at_key, real = tile(key, col, 3 * H * D, T, D)
+            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (N, D)
             scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale                 # (M, N), base 2
             if diagonal:
                 scores = tl.where(row[:, None] >= key[None, :], scores, float('-inf'))

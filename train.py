@@ -107,6 +107,7 @@ class Config:
     # --- machine ----------------------------------------------------------------------------------------
     device: str = 'auto'                # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = 'auto'                 # bf16, fp16 or fp32; auto: bf16 where the hardware has it, else fp16 on cuda
+    kernels: str = 'auto'               # 'triton', 'torch', or auto: Triton on cuda, PyTorch elsewhere (model.py)
     compile: bool = False               # torch.compile: pays on GPUs; on CPU only after about 500 steps
 
     # --- record -----------------------------------------------------------------------------------------
@@ -121,9 +122,9 @@ class Config:
 
 
 # What may change when a run is resumed: the machine and the record, not what is computed.
-FREE = {'out_dir', 'overwrite', 'data_dir', 'paths', 'micro_batch_size', 'nonfinite', 'device', 'dtype', 'compile',
-        'eval_every', 'log_every', 'save_every', 'keep_last', 'milestones', 'wandb', 'tensorboard'}
-MACHINE = ('data_dir', 'paths', 'device', 'dtype', 'compile')       # an upstream run takes these from its heir
+FREE = {'out_dir', 'overwrite', 'data_dir', 'paths', 'micro_batch_size', 'nonfinite', 'device', 'dtype', 'kernels',
+        'compile', 'eval_every', 'log_every', 'save_every', 'keep_last', 'milestones', 'wandb', 'tensorboard'}
+MACHINE = ('data_dir', 'paths', 'device', 'dtype', 'kernels', 'compile')    # an upstream run takes these from its heir
 SHAPE = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'rotary_pct',
          'use_parallel_residual', 'hidden_act')                     # fields of GPTNeoXConfig, too
 UPSTREAM_FLOPS = 1e18       # larger upstream runs (an hour of a large GPU) are not started as a side effect
@@ -211,7 +212,8 @@ def check(cfg, origin, world):
     problems = [f'{key} = {getattr(cfg, key)}: expected at least {low}'
                 for low, keys in at_least.items() for key in keys if not getattr(cfg, key) >= low]
     choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled'), nonfinite=('stop', 'skip'),
-                   device=('auto', 'cuda', 'mps', 'cpu'), dtype=('auto', 'bf16', 'fp16', 'fp32'))
+                   device=('auto', 'cuda', 'mps', 'cpu'), dtype=('auto', 'bf16', 'fp16', 'fp32'),
+                   kernels=('auto', 'triton', 'torch'))
     problems += [f'{key} = {getattr(cfg, key)!r}: expected one of {", ".join(map(repr, allowed))}'
                  for key, allowed in choices.items() if getattr(cfg, key) not in allowed]
     problems += [f'eps = {cfg.eps}: expected above 0'] * (not cfg.eps > 0)
@@ -603,7 +605,7 @@ def inherit(cfg, origin, parent, mode):
 def build_model(cfg, shape, parent, mode, process, device, dtype):
     """(model, what to call in training, optimizer, loss scaler), filled from the parent as the start mode says."""
     torch.manual_seed(cfg.seed)                         # on the CPU: the same initial weights on every device
-    model = GPTNeoX(shape)
+    model = GPTNeoX(shape, cfg.kernels)
     if parent:
         check_tensors(parent['weights'], model.state_dict(), parent_name(cfg) or cfg.out_dir)
         model.load_state_dict(parent['weights'])
