@@ -479,9 +479,9 @@ class FlashAttention(torch.autograd.Function):
 
 
 # Tiles (queries, keys, warps, stages of the pipeline) of forward, dq, and dk dv, by bytes of a number and head size.
-# As large as goes without spilling registers (float32 heads above 64 do) and with 99 KB of shared memory, the least that
-# GPUs of compute capability 8.0 and up have. Keys divide queries in the first two, and queries keys in the last: so
-# tiles meet the diagonal with a corner.
+# As large as goes without spilling registers (float32 heads above 64 do) and with 99 KB of shared memory, the least
+# that GPUs of compute capability 8.0 and up have. Keys divide queries in the first two, and queries keys in the last:
+# so tiles meet the diagonal with a corner.
 ATTENTION_TILES = {
     (2, 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
     (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
@@ -690,13 +690,12 @@ def cross_entropy_kernel(Logits, Targets, Losses, V: constexpr, BLOCK: constexpr
         higher = tl.maximum(peak, tl.max(x, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), 0)
         peak = higher
-    lse = peak + tl.log(total)
-    tl.store(Losses + row, lse - right)
+    tl.store(Losses + row, tl.log(total) + (peak - right))
     if WITH_GRADIENT:
         for s in range(0, V, BLOCK):
             col = s + tl.arange(0, BLOCK)
             x = tl.load(Logits + col, col < V, float('-inf')).to(tl.float32)
-            tl.store(Logits + col, (tl.exp(x - lse) - (col == target)).to(Logits.dtype.element_ty), col < V)
+            tl.store(Logits + col, (tl.exp(x - peak) / total - (col == target)).to(Logits.dtype.element_ty), col < V)
 
 
 # -----------------------------------------------------------------------------
