@@ -766,10 +766,10 @@ class Layer(nn.Module):
 
 class GPTNeoX(nn.Module):
 
-    def __init__(self, config, kernels='auto'):
-        """kernels: 'auto', 'triton' or 'torch' (pick_kernels); may be changed at any time, `model.kernels = ...`."""
+    def __init__(self, config):
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config = config
+        self.kernels = 'auto'           # or 'triton', 'torch': see pick_kernels; may be set at any time
         self.gpt_neox = nn.ModuleDict(dict(
             embed_in=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),

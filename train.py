@@ -605,7 +605,8 @@ def inherit(cfg, origin, parent, mode):
 def build_model(cfg, shape, parent, mode, process, device, dtype):
     """(model, what to call in training, optimizer, loss scaler), filled from the parent as the start mode says."""
     torch.manual_seed(cfg.seed)                         # on the CPU: the same initial weights on every device
-    model = GPTNeoX(shape, cfg.kernels)
+    model = GPTNeoX(shape)
+    model.kernels = cfg.kernels
     if parent:
         check_tensors(parent['weights'], model.state_dict(), parent_name(cfg) or cfg.out_dir)
         model.load_state_dict(parent['weights'])

@@ -112,12 +112,13 @@ def test_attention_runs_on_the_matrix_units(machine_code):
 @needs_triton
 def test_memory_is_accessed_16_bytes_at_a_time(machine_code):
     for name, _, sass in machine_code.values():
-        tensors = re.findall(r'\b(?:LDG|STG|LDGSTS)\.E\S*', sass)
-        narrow = [access for access in tensors if '.128' not in access]
-        print(name, len(tensors), narrow)
-        assert any('LDG' in access and '.128' in access for access in tensors), name
-        assert any('STG.E.128' in access for access in tensors), name
-        assert len(narrow) <= len(tensors) / 3, name        # one number a row: means, L, delta, losses, targets
+        for kind in 'LDG', 'STG', 'LDGSTS':                 # from memory, to memory, from memory to shared memory
+            widths = re.findall(rf'\b{kind}\.E(\S*)', sass)
+            wide = sum('.128' in width for width in widths)
+            print(name, kind, wide, len(widths))
+            assert wide > 0 or kind == 'LDGSTS' and not widths, name
+            # One number a row, a mean or L, is no tile. How the compiler pipelines those differs between versions.
+            assert kind == 'LDGSTS' or wide >= len(widths) / 2, name
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -163,11 +164,13 @@ def test_what_runs_where_is_said_once(there, asked, picked, says, gpu, capsys, m
 
 
 def test_bad_input():
-    with pytest.raises(ModelError, match="'cuda', expected 'auto', 'triton' or 'torch'"):
-        GPTNeoX(GPTNeoXConfig(11, 8, 1, 1), kernels='cuda')(torch.zeros(1, 3, dtype=torch.long))
+    net = GPTNeoX(GPTNeoXConfig(11, 8, 1, 1))
     for shape in ((0, 3), (3, 0)):
         with pytest.raises(ModelError, match='empty batch'):
-            GPTNeoX(GPTNeoXConfig(11, 8, 1, 1))(torch.zeros(shape, dtype=torch.long))
+            net(torch.zeros(shape, dtype=torch.long))
+    net.kernels = 'cuda'
+    with pytest.raises(ModelError, match="'cuda', expected 'auto', 'triton' or 'torch'"):
+        net(torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_a_fallback_computes_the_same(capsys, monkeypatch):
