@@ -123,7 +123,6 @@ PYTORCH = Fused(False, False, False)
 said = set()                                            # what pick_kernels has printed
 
 
-@torch.compiler.assume_constant_result                  # torch.compile runs it while tracing and keeps the result
 def pick_kernels(wanted, device, dtype, hidden_size, head_size):
     """-> Fused. wanted: 'triton', 'torch', or 'auto', which is Triton on CUDA and PyTorch elsewhere.
 
@@ -134,12 +133,14 @@ def pick_kernels(wanted, device, dtype, hidden_size, head_size):
     if wanted == 'torch' or wanted == 'auto' and device != 'cuda':
         return PYTORCH
     interpreted = triton is not None and triton.knobs.runtime.interpret     # TRITON_INTERPRET=1: tests, on a CPU
-    reason = ('Triton is not installed' if triton is None else
-              f'Triton needs a GPU with CUDA, this is {device}' if device != 'cuda' and not interpreted else
-              'this GPU is too old: compute capability below 8.0'
-              if device == 'cuda' and torch.cuda.get_device_capability() < (8, 0) else
-              f'{dtype} is not one of float32, float16, bfloat16'
-              if dtype not in (torch.float32, torch.float16, torch.bfloat16) else '')
+    reason = next((reason for reason, holds in {
+        'Triton is not installed': triton is None,
+        f'the kernels need a GPU with CUDA, this is {device}': device != 'cuda' and not interpreted,
+        'the kernels are for GPUs of NVIDIA': device == 'cuda' and torch.version.hip is not None,
+        'this GPU is too old: compute capability below 8.0':
+            device == 'cuda' and torch.cuda.get_device_capability() < (8, 0),
+        f'{dtype} is not one of float32, float16, bfloat16':
+            dtype not in (torch.float32, torch.float16, torch.bfloat16)}.items() if holds), '')
     reasons = Fused(norm=reason or f'width {hidden_size} is above 8192' * (hidden_size > 8192),
                     attention=reason or f'head size {head_size} is above 256' * (head_size > 256), loss=reason)
     line = 'kernels: ' + ', '.join(f'{name} by PyTorch ({reason})' if reason else f'{name} by Triton'
@@ -148,6 +149,11 @@ def pick_kernels(wanted, device, dtype, hidden_size, head_size):
         print(line, flush=True)
     said.add(line)
     return Fused(*(not reason for reason in reasons))
+
+
+# torch.compile shall run it while tracing and keep the result. This is all that torch.compiler.assume_constant_result
+# does, after importing the whole compiler, which takes a second.
+pick_kernels._dynamo_marked_constant = True
 
 
 def compute_dtype(x):
@@ -431,7 +437,7 @@ def causal_attention(qkv):
 
     CPU up to 1024 tokens: blocked products. Forward + backward, SDPA / blocked, ms, 2 cores (AVX-512 bf16):
       T 256: bfloat16 32 / 12, float32 25 / 18;  T 512: 50 / 23, 63 / 33;  T 1024: 61 / 41, 76 / 61.
-    Elsewhere SDPA: on GPUs it is the fast one, and its memory does not grow with T^2.
+    Elsewhere SDPA: its memory does not grow with T^2.
     """
     if qkv.device.type == 'cpu' and qkv.shape[3] <= 1024:
         return BlockedAttention.apply(qkv)
@@ -492,27 +498,28 @@ ATTENTION_TILES = {
 
 
 def attention_sizes(qkv):
-    """(B, T, H, D, D padded to what a matrix unit takes, tiles of the three kernels)"""
+    """(B, T, H, D, D padded to what a matrix unit takes, 1 / sqrt(D), that for exp2, tiles of the three kernels)"""
     B, T, H, _, D = qkv.shape
     padded = max(16, triton.next_power_of_2(D))
-    return B, T, H, D, padded, ATTENTION_TILES[qkv.element_size(), max(64, padded)]
+    scale, tiles = D**-0.5, ATTENTION_TILES[qkv.element_size(), max(64, padded)]
+    return B, T, H, D, padded, scale, scale * math.log2(math.e), tiles
 
 
 @launcher('o', 'L')
 def attention_forward(qkv: Tensor, o: Tensor, L: Tensor) -> None:
-    B, T, H, D, padded, ((M, N, warps, stages), _, _) = attention_sizes(qkv)
-    attention_kernel[triton.cdiv(T, M), B * H](qkv, o, L, T, D**-0.5 * math.log2(math.e), H, D, padded, M, N,
-                                               num_warps=warps, num_stages=stages)
+    B, T, H, D, padded, scale, scale2, ((queries, keys, warps, stages), _, _) = attention_sizes(qkv)
+    attention_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, T, scale2, H, D, padded, queries, keys,
+                                                     num_warps=warps, num_stages=stages)
 
 
 @launcher('dqkv', 'delta')
 def attention_backward(qkv: Tensor, o: Tensor, L: Tensor, do: Tensor, dqkv: Tensor, delta: Tensor) -> None:
-    B, T, H, D, padded, (_, (M, N, warps, stages), dkv) = attention_sizes(qkv)
-    attention_dq_kernel[triton.cdiv(T, M), B * H](qkv, o, L, do, dqkv, delta, T, D**-0.5, H, D, padded, M, N,
-                                                  num_warps=warps, num_stages=stages)
-    M, N, warps, stages = dkv                           # after it, for the delta that it writes
-    attention_dkv_kernel[triton.cdiv(T, N), B * H](qkv, L, do, dqkv, delta, T, D**-0.5, H, D, padded, M, N,
-                                                   num_warps=warps, num_stages=stages)
+    B, T, H, D, padded, scale, scale2, (_, (queries, keys, warps, stages), dkv) = attention_sizes(qkv)
+    attention_dq_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, do, dqkv, delta, T, scale, scale2, H, D, padded,
+                                                        queries, keys, num_warps=warps, num_stages=stages)
+    queries, keys, warps, stages = dkv                  # after it, for the delta that it writes
+    attention_dkv_kernel[triton.cdiv(T, keys), B * H](qkv, L, do, dqkv, delta, T, scale, scale2, H, D, padded,
+                                                      queries, keys, num_warps=warps, num_stages=stages)
 
 
 @jit
@@ -534,20 +541,21 @@ def tile(row, col, pitch, T, D: constexpr):
 
 
 @jit
-def attention_kernel(QKV, O, L, T, scale, H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M         # the longest rows first: no late straggler
-    row, col = start + tl.arange(0, M), tl.arange(0, COLS)
+def attention_kernel(QKV, O, L, T, scale2,
+                     H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES   # the longest rows first: no late straggler
+    row, col = start + tl.arange(0, QUERIES), tl.arange(0, COLS)
     Q = head_of(QKV, T, H, D)
     at, inside = tile(row, col, 3 * H * D, T, D)
-    q = tl.load(Q + at, inside, 0)                                  # (M, D)
-    peak, total = tl.full((M,), float('-inf'), tl.float32), tl.zeros((M,), tl.float32)
-    out = tl.zeros((M, COLS), tl.float32)
+    q = tl.load(Q + at, inside, 0)                                  # (QUERIES, D)
+    peak, total = tl.full((QUERIES,), float('-inf'), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    out = tl.zeros((QUERIES, COLS), tl.float32)
     for diagonal in tl.static_range(2):                             # tiles before the diagonal need no mask
-        for s in range(start if diagonal else 0, tl.minimum(start + M, T) if diagonal else start, N):
-            key = s + tl.arange(0, N)
+        for s in range(start if diagonal else 0, tl.minimum(start + QUERIES, T) if diagonal else start, KEYS):
+            key = s + tl.arange(0, KEYS)
             at_key, real = tile(key, col, 3 * H * D, T, D)
-            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (N, D)
-            scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale                 # (M, N), base 2
+            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (KEYS, D)
+            scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale2                # (QUERIES, KEYS)
             if diagonal:
                 scores = tl.where(row[:, None] >= key[None, :], scores, float('-inf'))
             higher = tl.maximum(peak, tl.max(scores, 1))
@@ -561,50 +569,50 @@ def attention_kernel(QKV, O, L, T, scale, H: constexpr, D: constexpr, COLS: cons
 
 
 @jit
-def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale,
-                        H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    row, col = start + tl.arange(0, M), tl.arange(0, COLS)
+def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale, scale2,
+                        H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    row, col = start + tl.arange(0, QUERIES), tl.arange(0, COLS)
     Q = head_of(QKV, T, H, D)
     at, inside = tile(row, col, H * D, T, D)
     o, do = tl.load(output_of(O, T, H, D) + at, inside, 0), tl.load(output_of(DO, T, H, D) + at, inside, 0)
     at, inside = tile(row, col, 3 * H * D, T, D)
-    q = tl.load(Q + at, inside, 0)                                  # (M, D)
+    q = tl.load(Q + at, inside, 0)                                  # (QUERIES, D)
     lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))        # past the end: P = exp(S - inf) = 0
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(Delta + tl.program_id(1) * T + row, delta, row < T)
-    dq = tl.zeros((M, COLS), tl.float32)
+    dq = tl.zeros((QUERIES, COLS), tl.float32)
     for diagonal in tl.static_range(2):
-        for s in range(start if diagonal else 0, tl.minimum(start + M, T) if diagonal else start, N):
-            key = s + tl.arange(0, N)
+        for s in range(start if diagonal else 0, tl.minimum(start + QUERIES, T) if diagonal else start, KEYS):
+            key = s + tl.arange(0, KEYS)
             at_key, real = tile(key, col, 3 * H * D, T, D)
-            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (N, D)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * 1.4426950408889634) - lse[:, None])
+            k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (KEYS, D)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * scale2 - lse[:, None])
             if diagonal:
                 p = tl.where(row[:, None] >= key[None, :], p, 0)
-            ds = p * (tl.dot(do, tl.trans(v), input_precision='ieee') - delta[:, None])     # (M, N)
+            ds = p * (tl.dot(do, tl.trans(v), input_precision='ieee') - delta[:, None])     # (QUERIES, KEYS)
             dq += tl.dot(ds.to(k.dtype), k, input_precision='ieee')
     tl.store(head_of(DQKV, T, H, D) + at, (dq * scale).to(DQKV.dtype.element_ty), inside)
 
 
 @jit
-def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, scale,
-                         H: constexpr, D: constexpr, COLS: constexpr, M: constexpr, N: constexpr):
-    start = tl.program_id(0) * N
-    key, col = start + tl.arange(0, N), tl.arange(0, COLS)
+def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, scale, scale2,
+                         H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
+    start = tl.program_id(0) * KEYS
+    key, col = start + tl.arange(0, KEYS), tl.arange(0, COLS)
     Q = head_of(QKV, T, H, D)
     at, inside = tile(key, col, 3 * H * D, T, D)
-    k, v = tl.load(Q + D + at, inside, 0), tl.load(Q + 2 * D + at, inside, 0)               # (N, D)
-    dk, dv = tl.zeros((N, COLS), tl.float32), tl.zeros((N, COLS), tl.float32)
+    k, v = tl.load(Q + D + at, inside, 0), tl.load(Q + 2 * D + at, inside, 0)               # (KEYS, D)
+    dk, dv = tl.zeros((KEYS, COLS), tl.float32), tl.zeros((KEYS, COLS), tl.float32)
     for after in tl.static_range(2):                                # queries at the diagonal, then those after it
-        for s in range(start + N if after else start, T if after else tl.minimum(start + N, T), M):
-            row = s + tl.arange(0, M)
+        for s in range(start + KEYS if after else start, T if after else tl.minimum(start + KEYS, T), QUERIES):
+            row = s + tl.arange(0, QUERIES)
             at_q, real = tile(row, col, 3 * H * D, T, D)
             at_o, _ = tile(row, col, H * D, T, D)
-            q, do = tl.load(Q + at_q, real, 0), tl.load(output_of(DO, T, H, D) + at_o, real, 0)     # (M, D)
+            q, do = tl.load(Q + at_q, real, 0), tl.load(output_of(DO, T, H, D) + at_o, real, 0)     # (QUERIES, D)
             lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))
             delta = tl.load(Delta + tl.program_id(1) * T + row, row < T, 0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * (scale * 1.4426950408889634) - lse[None, :])
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale2 - lse[None, :])
             if not after:
                 p = tl.where(row[None, :] >= key[:, None], p, 0)
             dv += tl.dot(p.to(do.dtype), do, input_precision='ieee')
@@ -647,9 +655,11 @@ class HeadLoss(torch.autograd.Function):
     pass brings, divided by N, is applied there, so that fp16 sees it together with its loss scale. Chunks are large,
     since each reads and writes all of dW.
     """
+
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradient, reduction):
-        w, losses, dx, dw = weight.to(x.dtype), [], [], torch.zeros_like(weight, dtype=torch.float32)
+        w, losses, dx = weight.to(x.dtype), [], []
+        dw = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for x_rows, wanted in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
             logits = x_rows @ w.T                                   # (rows, V)
             losses.append(x.new_empty(len(logits), dtype=torch.float32))

@@ -5,8 +5,8 @@
 #     bash bench/gpu.sh [folder for the figures, default: results]
 #
 # Needs PyTorch with CUDA, and transformers; litgpt is compared where it is installed (pip install litgpt).
-# Writes gpu_check.txt, gpu_kernels.json and gpu_step_{410m,160m,1.4b}.json. A part that fails or runs out of time does not
-# stop the next, but wrong results stop all. The exit code is 1 if any part failed.
+# Writes gpu_check.txt, gpu_kernels.json and gpu_step_{410m,160m,1.4b}.json. A part that fails or runs out of time does
+# not stop the next, but wrong results stop all. The exit code is 1 if any part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-results}

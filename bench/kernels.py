@@ -206,10 +206,10 @@ def check(device, size='410m', B=2, T=2000, **changes):
         return torch.cat([loss.detach()[None], *(p.grad.flatten() * scale for p in net.parameters())])
 
     exact, good = gradient('torch', None), True
-    for dtype, allowed in ((None, 2e-5), (BF16, 2e-2), (torch.float16, 4e-3)):
+    for dtype in None, BF16, torch.float16:
         ours, again, theirs = (gradient(kernels, dtype) for kernels in ('triton', 'triton', 'torch'))
         distance, usual = ((g - exact).norm().item() / exact.norm().item() for g in (ours, theirs))
-        passed = torch.equal(ours, again) and distance < max(1.5 * usual, allowed) and usual < allowed
+        passed = torch.equal(ours, again) and distance < max(1.5 * usual, 2e-5)
         good &= passed
         print(f'{size}, {dtype or torch.float32}: gradients {distance:.1e} from float32 (PyTorch {usual:.1e}), '
               f'{"the same" if torch.equal(ours, again) else "OTHERS"} in a second run: {"ok" if passed else "WRONG"}')

@@ -144,7 +144,7 @@ ALL, NONE, BF16 = (True, True, True), (False, False, False), torch.bfloat16
     ({}, ('torch', 'cuda', BF16, 1024, 64), NONE, ''),
     ({}, ('auto', 'cpu', BF16, 1024, 64), NONE, ''),
     ({}, ('auto', 'mps', BF16, 1024, 64), NONE, ''),
-    ({}, ('triton', 'cpu', BF16, 1024, 64), NONE, 'norm by PyTorch (Triton needs a GPU with CUDA, this is cpu)'),
+    ({}, ('triton', 'cpu', BF16, 1024, 64), NONE, 'norm by PyTorch (the kernels need a GPU with CUDA, this is cpu)'),
     ({'triton': False}, ('auto', 'cuda', BF16, 1024, 64), NONE, 'norm by PyTorch (Triton is not installed)'),
     ({'capability': (7, 5)}, ('auto', 'cuda', BF16, 1024, 64), NONE, 'compute capability below 8.0'),
     ({}, ('auto', 'cuda', torch.float64, 1024, 64), NONE, 'torch.float64 is not one of float32, float16, bfloat16'),
