@@ -159,7 +159,8 @@ pick_kernels._dynamo_marked_constant = True
 def compute_dtype(x):
     """The type of matrix products: autocast's, or without autocast that of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = kind != 'meta' and torch.is_autocast_enabled(kind)       # of meta, that would be an error
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def launcher(*outputs):

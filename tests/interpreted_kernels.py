@@ -293,11 +293,13 @@ def test_a_model_in_bfloat16_is_as_near_as_by_pytorch():
     assert 0 < distance(triton) < 1.5 * distance(torch_) < 0.1
 
 
-def test_under_torch_compile_in_one_graph_and_bit_for_bit():
+@pytest.mark.parametrize('dtype', [FP32, BF16])
+def test_under_torch_compile_in_one_graph_and_bit_for_bit(dtype, monkeypatch):
+    monkeypatch.setattr(model, 'LOSS_ROWS', 9)
     net = random_model(num_hidden_layers=1)
-    batch = tokens(net), tokens(net)
-    eager = gradients(net, 'triton', *batch)
-    compiled = gradients(net, 'triton', *batch, forward=torch.compile(net, backend='aot_eager', fullgraph=True))
+    batch, forward = (tokens(net), tokens(net)), torch.compile(net, backend='aot_eager', fullgraph=True)
+    eager = gradients(net, 'triton', *batch, dtype=dtype)
+    compiled = gradients(net, 'triton', *batch, forward=forward, dtype=dtype)
     for name in eager:
         assert torch.equal(eager[name], compiled[name]), name
 

@@ -173,6 +173,12 @@ def test_bad_input():
         net(torch.zeros(1, 3, dtype=torch.long))
 
 
+def test_a_model_without_memory_has_shapes():
+    with torch.device('meta'):
+        net = GPTNeoX(GPTNeoXConfig(50, 32, 2, 2))
+        assert net(torch.zeros(2, 9, dtype=torch.long))[0].shape == (2, 9, 50)
+
+
 def test_a_fallback_computes_the_same(capsys, monkeypatch):
     """Asked for Triton where there is none, the model says so and is the same to the last bit."""
     monkeypatch.setattr(model, 'said', set())
