@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import model
 from model import PYTORCH, FlashAttention, Fused, GPTNeoX, GPTNeoXConfig, SplitHeads, add_norm, head_loss
 
+torch._functorch.config.donated_buffer = False          # compiled backward passes shall run more than once
 TRITON, BF16 = Fused(True, True, True), torch.bfloat16
 TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3),
          (64, 32, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2))      # (queries, keys, warps, stages)
