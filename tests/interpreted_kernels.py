@@ -304,6 +304,19 @@ def test_under_torch_compile_in_one_graph_and_bit_for_bit(dtype, monkeypatch):
         assert torch.equal(eager[name], compiled[name]), name
 
 
+def test_operators_change_what_they_say_and_nothing_else():
+    qkv, o, L, w = torch.randn(1, 9, 2, 3, 16), torch.randn(1, 9, 32), torch.randn(1, 2, 9), torch.randn(32)
+    x, row = torch.randn(1, 9, 32), torch.randn(1, 9)
+    for operator, args in (
+            (model.add_norm_forward, (x, x, x, w, w, w, w, x.clone(), x.clone(), x.clone(), row, row.clone(), 1e-5)),
+            (model.add_norm_backward, (x, row, row, w, w, x, x, x, x.clone(), x.clone(), torch.zeros(4, 4, 32))),
+            (model.rotate_packed_, (qkv.clone(), torch.randn(9, 4), torch.randn(9, 4), True)),
+            (model.attention_forward, (qkv, o.clone(), L.clone())),
+            (model.attention_backward, (qkv, o, L, o, qkv.clone(), L.clone())),
+            (model.cross_entropy_, (torch.randn(3, 11), torch.tensor([3, 0, 10]), torch.zeros(3), True))):
+        torch.library.opcheck(operator, args)
+
+
 def test_evaluation_and_generation():
     net = random_model(num_hidden_layers=1)
     idx, targets = tokens(net), tokens(net)

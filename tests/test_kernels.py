@@ -58,22 +58,28 @@ def signature(kernel, args):
     return types, constants, aligned
 
 
-@pytest.fixture(scope='module')
-def machine_code():
-    """{kernel and its constants: (kernel name, resources, machine code)} of a step of two layers of Pythia-410M."""
+def compile_all(run):
+    """[(kernel name, resources, machine code)] of every kernel that run() launches, one for each signature."""
     launched = []
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in vars(model) if name.endswith('_kernel')]:
             patch.setattr(model, name, Launches(getattr(model, name), launched))
         patch.setattr(model, 'pick_kernels', lambda *_: model.Fused(True, True, True))
+        run()
+    different = {(kernel.__name__, str(signature(kernel, args))): (kernel, args, options)
+                 for kernel, args, options in launched}
+    return [(kernel.__name__, *compile_for_sm90(kernel, args, options)) for kernel, args, options in different.values()]
+
+
+@pytest.fixture(scope='module')
+def machine_code():
+    """Of a step of two layers of Pythia-410M in bfloat16."""
+    def step():
         net, idx = GPTNeoX(GPTNeoXConfig.pythia('410m', num_hidden_layers=2)), torch.zeros(1, 128, dtype=torch.long)
         with torch.autocast('cpu', torch.bfloat16):
             loss = net(idx, idx)[1]
         loss.backward()
-    return {key: (key[0], *compiled) for key, compiled in
-            {(kernel.__name__, str(signature(kernel, args))): (kernel, args, options)
-             for kernel, args, options in launched}.items()
-            for compiled in [compile_for_sm90(*compiled)]}
+    return compile_all(step)
 
 
 def compile_for_sm90(kernel, args, options):
@@ -93,25 +99,39 @@ def compile_for_sm90(kernel, args, options):
 
 @needs_triton
 def test_every_kernel_compiles_without_spills(machine_code):
-    names = {name for name in vars(model) if name.endswith('_kernel')}
-    assert {name for name, _, _ in machine_code.values()} == names
-    for name, resources, sass in machine_code.values():
-        print(name, resources)
-        assert resources['STACK'] == resources['LOCAL'] == 0 and not re.search(r'\b(STL|LDL)\b', sass), name
-        assert resources['SHARED'] <= 99 * 1024, name
-        assert resources['REG'] * 32 * resources['WARPS'] <= 65536, name
+    assert {name for name, _, _ in machine_code} == {name for name in vars(model) if name.endswith('_kernel')}
+    for code in machine_code:
+        check_resources(*code)
+
+
+def check_resources(name, resources, sass):
+    print(name, resources)
+    assert resources['STACK'] == resources['LOCAL'] == 0 and not re.search(r'\b(STL|LDL)\b', sass), name
+    assert resources['SHARED'] <= 99 * 1024 and resources['REG'] * 32 * resources['WARPS'] <= 65536, name
+
+
+@needs_triton
+@pytest.mark.parametrize('D', [128, 256])
+def test_attention_of_larger_heads_compiles_without_spills(D):
+    qkv, o, L = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 16, 2, 3, D), (1, 16, 2 * D), (1, 2, 16)))
+
+    def both():
+        model.attention_forward(qkv, o, L.float())
+        model.attention_backward(qkv, o, L.float(), o, qkv.clone(), L.float())
+    for code in compile_all(both):
+        check_resources(*code)
 
 
 @needs_triton
 def test_attention_runs_on_the_matrix_units(machine_code):
-    for name, _, sass in machine_code.values():
+    for name, _, sass in machine_code:
         if name.startswith('attention'):                    # HGMMA: Hopper's; HMMA: that of older GPUs, half as fast
             assert len(re.findall(r'\bHGMMA', sass)) > 0 and not re.search(r'\bHMMA', sass), name
 
 
 @needs_triton
 def test_memory_is_accessed_16_bytes_at_a_time(machine_code):
-    for name, _, sass in machine_code.values():
+    for name, _, sass in machine_code:
         for kind in 'LDG', 'STG', 'LDGSTS':                 # from memory, to memory, from memory to shared memory
             widths = re.findall(rf'\b{kind}\.E(\S*)', sass)
             wide = sum('.128' in width for width in widths)
@@ -171,6 +191,12 @@ def test_bad_input():
     net.kernels = 'cuda'
     with pytest.raises(ModelError, match="'cuda', expected 'auto', 'triton' or 'torch'"):
         net(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_the_knob_takes_no_other_word(config, capsys):
+    import train
+    assert train.main([config('a', kernels='cuda')]) == 2
+    assert "kernels = 'cuda': expected one of 'auto', 'triton', 'torch'" in capsys.readouterr().err
 
 
 def test_a_model_without_memory_has_shapes():
