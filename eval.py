@@ -237,6 +237,9 @@ def measure(run, dataset, when):
     return statistics.mean(map(one, run.sets if dataset == 'average' else [dataset]))
 
 
+TERM = re.compile(r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?')       # 0.5 * row@when + 0.01
+
+
 def compare(line, groups):
     """Verdict on a claim 'SET: TERM < TERM ... | sentence', as a sentence with its figures.
 
@@ -249,8 +252,7 @@ def compare(line, groups):
         first, *others = re.split(r'\s(<|~[\d.]+)\s', rest)
         values, shown = [], []
         for term in (first, *others[1::2]):
-            factor, row, when, sign, offset = re.fullmatch(
-                r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?', term.strip()).groups()
+            factor, row, when, sign, offset = TERM.fullmatch(term.strip()).groups()
             shift = float(offset or 0) * (-1 if sign == '-' else 1)
             values.append({run.config['seed']: float(factor or 1) * measure(run, dataset, when or '') + shift
                            for run in groups[row]})
