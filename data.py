@@ -553,8 +553,8 @@ def cap_epochs(sources, phases, max_epochs, first, total, rows):
                             'may, and no other source is left. Raise its cap, train shorter, or add a source.')
         phases[at + (phases[at][0] < start):] = [(g, {n: str(w) for n, w in mix_weights(weights).items()})
                                                  for g, weights in rest]
-        said.append(f'max_epochs: {name} comes to its cap of {max_epochs[name]:g} epochs in step {start // rows:,}; from '
-                    f'there on its share goes to {", ".join(n for n, w in rest[0][1].items() if Fraction(w))}')
+        said.append(f'max_epochs: {name} comes to its cap of {max_epochs[name]:g} epochs in step {start // rows:,}; '
+                    f'from there on its share goes to {", ".join(n for n, w in rest[0][1].items() if Fraction(w))}')
 
 
 def rows(step, batch_size, rank=0, world=1, micro_batch=None, micro_step=0):
@@ -756,7 +756,8 @@ def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
     documents = dict.fromkeys(text for texts in found for text in texts or [])
     if match := PART.search(name):
         part, parts = map(int, match.groups())
-        documents = [d for d in documents if blake2b(d.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1]
+        documents = [document for document in documents
+                     if blake2b(document.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1]
     try:
         write_corpus(documents, name, data_dir)
     except DataError:

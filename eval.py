@@ -270,7 +270,7 @@ def compare(line, groups):
         text += f' {relation[0]} {label} (by {spread(by)}{f", {len(by)} seeds" if len(by) > 1 else ", one seed"})'
         verdicts.append(abs(mean) <= float(relation[1:]) if relation != '<' else
                         None if abs(mean) <= sd else mean > 0)
-    verdict = 'Does not hold' if False in verdicts else 'Not decided, within the spread' if None in verdicts else 'Holds'
+    verdict = 'Does not hold' if False in verdicts else 'Not decided' if None in verdicts else 'Holds'
     return f'- **{verdict}.** {sentence} [{dataset}: {text}]'
 
 
@@ -387,7 +387,7 @@ def plane(folders, old, new, out):
         ax.plot(x, y, '*', color='0.3', ms=12)
         ax.annotate('start', (x, y), xytext=(7, 4), textcoords='offset points', fontsize=8)
     ax.set(xlabel=f'loss on {old}, old data (nats per token)', ylabel=f'loss on {new}, new data (nats per token)')
-    ax.set_title('circles continue a trained model, squares start from random weights; down and left is better', fontsize=8)
+    ax.set_title('circles: continued, squares: from random weights; down and left is better', fontsize=9)
     ax.margins(0.15)
     ax.grid(alpha=0.25)
     ax.spines[['top', 'right']].set_visible(False)
@@ -478,7 +478,7 @@ def main(argv):
         p.add_argument('runs', nargs='+')
         p.add_argument('--out', default=out)
         if name == 'table':
-            p.add_argument('--claims', metavar='FILE', help="lines 'docs: row_a < row_b | sentence' to test on the runs")
+            p.add_argument('--claims', metavar='FILE', help="lines 'docs: row_a < row_b | sentence' to test")
         else:
             p.add_argument('--plane', nargs=2, metavar=('OLD', 'NEW'), help='final loss on one set against the other')
         p.set_defaults(command=command)
