@@ -2,7 +2,9 @@
 
     python eval.py loss   RUN                       # loss on each validation set of a run's newest checkpoint
     python eval.py table  RUN RUN ... [--out x.md]  # final losses, forgetting, adaptation; x.json with what made them
+        [--claims x.txt]                            # and what a paper says, put to the test on these runs
     python eval.py plot   RUN RUN ... [--out x.png] # loss on old and new data against tokens, learning rate below
+        [--plane docs code]                         # or the final loss on new data against that on old data
     python eval.py sample RUN --prompt 'def '       # text from it
 
 RUN is a run folder (its newest checkpoint) or a checkpoint. Runs named x_seed1, x_seed2, ... are one row of a table
@@ -275,10 +277,11 @@ def compare(line, groups):
 
 
 def claims(path, folders):
-    """The verdicts on the claims of a file, a line each; # begins a comment."""
+    """The verdicts on the claims of a file as Markdown; # begins a comment."""
     groups = by_seed(folders)
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    return '\n'.join(compare(line, groups) for line in lines if line and not line.startswith('#'))
+    verdicts = [compare(line, groups) for line in lines if line and not line.startswith('#')]
+    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds:\n', *verdicts])
 
 
 # -----------------------------------------------------------------------------
