@@ -138,7 +138,7 @@ class Run:
     """What config.json and metrics.jsonl of a run folder say.
 
     config: {knob: value}; sets: validation sets; evals and trains: rows of metrics.jsonl. Old sets are those that an
-    earlier stage was trained on and this one is not, replay apart; new sets those in train_data.
+    earlier stage was trained on and this one is not, replay apart; new sets those in train_data, at first or later.
     """
 
     def __init__(self, folder):
@@ -153,9 +153,12 @@ class Run:
         if not self.evals:
             raise EvalError(f'{folder}: metrics.jsonl holds no evaluation yet')
         self.made_by = {k: v for k, v in self.config.items() if k not in ('config', 'origin', 'derived')}
-        self.config, self.seen = self.config['config'], self.config['derived']['seen']
+        derived, self.config = self.config['derived'], self.config['config']
+        self.config |= {k: v for k, v in derived.get('model', {}).items() if k in self.config}      # a parent's shape
+        self.seen = derived['seen']
         self.sets = list(self.evals[0]['val'])
-        self.new = [name for name in self.sets if name in self.config['train_data']]
+        taught = self.config['train_data'].keys() | {n for s in self.config['switches'] for n in s.get('train_data', {})}
+        self.new = [name for name in self.sets if name in taught]
         self.old = [name for name in self.sets if name in self.seen and name not in self.new]
 
     def losses(self, name):
@@ -166,7 +169,9 @@ class Run:
         if name in self.old:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
             return f'old data, {100 * share:.3g}% replay'
-        return ('new data' if self.seen else 'training data') if name in self.new else 'never trained on'
+        if name in self.new:
+            return 'the same data again' if name in self.seen else 'new data' if self.seen else 'training data'
+        return 'never trained on'
 
 
 def is_evaluated(folder, step):
@@ -290,17 +295,19 @@ def claims(path, folders):
 # Okabe and Ito's colours and a line style each: apart in grey and for colour-blind readers.
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#E69F00', (0, (5, 1))),
           ('#56B4E9', (0, (3, 1, 1, 1))), ('#000000', (0, (1, 1))), ('#999999', '-')]
+LOUD = ['replay', 'schedule', 'learning_rate', 'warmup', 'min_lr']      # told first of what differs
 QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'init_from'}
 
 
 def labels(groups):
     """{name: label}: the name of a run, and the knobs in which the runs drawn together differ."""
     configs = {name: runs[0].config for name, runs in groups.items()}
-    differ = [key for key in next(iter(configs.values())) if key not in QUIET
+    differ = [key for key in dict.fromkeys([*LOUD, *next(iter(configs.values()))]) if key not in QUIET
               and len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+
     def show(value):
         return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if type(value) is float else value
-    return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:4])]) for name in groups}
+    return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:3])]) for name in groups}
 
 
 def mean_curve(runs, rows, value):
@@ -318,7 +325,8 @@ def plot(folders, out):
     import matplotlib.pyplot as plt
     groups = by_seed(folders)
     names, first = labels(groups), next(iter(groups.values()))[0]
-    sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets), key=lambda n: n in first.new)
+    sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets),
+                  key=lambda n: (n not in first.seen, n not in first.new))
     if not sets:
         raise EvalError(f'{" ".join(map(str, folders))}: nothing to draw, val_data was empty')
     fig, axes = plt.subplots(2, len(sets), figsize=(4.6 * len(sets) + 1, 4.8), sharex='col', squeeze=False,
@@ -326,11 +334,13 @@ def plot(folders, out):
     largest = max(runs[0].evals[-1]['tokens'] for runs in groups.values())
     unit, name = next((u, n) for u, n in ((1e9, 'billion'), (1e6, 'million'), (1, '')) if largest >= u or u == 1)
     for ax, low, dataset in zip(*axes, sets):
+        shown = []                                  # the fall from random weights leaves through the top
         for (color, style), (label, runs) in zip(STYLES * len(groups), groups.items()):
             if dataset in runs[0].sets:
                 t, loss, sd = mean_curve(runs, lambda run: run.evals, lambda row: row['val'][dataset]['loss'])
                 ax.plot(t / unit, loss, color=color, ls=style, lw=1.8, label=names[label])
                 ax.fill_between(t / unit, loss - sd, loss + sd, color=color, alpha=0.2, lw=0)
+                shown.extend(loss[t >= (0 if runs[0].seen else t[-1] / 10)])
                 if runs[0].seen:
                     ax.axhline(loss[0], color='0.4', ls=':', lw=1, zorder=0)
             t, lr, _ = mean_curve(runs, lambda run: run.trains, lambda row: row['lr'])
@@ -340,9 +350,12 @@ def plot(folders, out):
             L = first.losses(dataset)
             change = f'\n{L[-1] - L[0]:+.3f} nats since the start'
             change += f' (peak {max(L) - L[0]:+.3f})' * (dataset in first.old)
-        role = first.role(dataset).partition(',')[0] if len(groups) > 1 else first.role(dataset)
+        teacher = next((runs[0] for runs in groups.values() if dataset in runs[0].new + runs[0].old), first)
+        role = teacher.role(dataset).partition(',')[0] if len(groups) > 1 else first.role(dataset)
         ax.set_title(f'{dataset} ({role}){change}', fontsize=10)
         ax.set_ylabel('validation loss (nats per token)')
+        margin = 0.08 * np.ptp(shown) or 0.1
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
         low.set(xlabel=f'tokens of this stage ({name})'.replace(' ()', ''), ylabel='learning rate', ylim=(0, None))
         low.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         for a in (ax, low):
@@ -383,7 +396,8 @@ def plane(folders, old, new, out):
         if joined:
             ax.plot([before[1], x], [before[2], y], lw=1, **style)
         short = f'{config["replay"]:.3g}' if joined and 'replay' in differ else f'{config["learning_rate"]:.3g}'
-        ax.annotate(short if joined else label, (x, y), xytext=(4, 6), textcoords='offset points', fontsize=8)
+        where = (4, 6) if runs[0].seen else (4, -12)
+        ax.annotate(short if joined else label, (x, y), xytext=where, textcoords='offset points', fontsize=8)
         before = (config, x, y) if runs[0].seen else None
     if start := [[run.losses(old)[0], run.losses(new)[0]] for runs in groups.values() for run in runs if run.seen]:
         x, y = np.mean(start, 0)
