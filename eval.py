@@ -158,8 +158,12 @@ class Run:
         self.seen = derived['seen']
         self.sets = list(self.evals[0]['val'])
         taught = self.config['train_data'].keys() | {n for s in self.config['switches'] for n in s.get('train_data', {})}
-        self.new = [name for name in self.sets if name in taught]
-        self.old = [name for name in self.sets if name in self.seen and name not in self.new]
+        self.new = self.sets_of(taught)
+        self.old = [name for name in self.sets_of(self.seen) if name not in self.new]
+
+    def sets_of(self, sources):
+        """The validation sets that these sources teach, in whole or, as docs_1of3 does docs, in part."""
+        return [name for name in self.sets if any(f'{source}_'.startswith(f'{name}_') for source in sources)]
 
     def losses(self, name):
         return [row['val'][name]['loss'] for row in self.evals]
@@ -170,7 +174,7 @@ class Run:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
             return f'old data, {100 * share:.3g}% replay'
         if name in self.new:
-            return 'the same data again' if name in self.seen else 'new data' if self.seen else 'training data'
+            return 'the same data again' if name in self.sets_of(self.seen) else 'new data' if self.seen else 'training data'
         return 'never trained on'
 
 
@@ -326,7 +330,7 @@ def plot(folders, out):
     groups = by_seed(folders)
     names, first = labels(groups), next(iter(groups.values()))[0]
     sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets),
-                  key=lambda n: (n not in first.seen, n not in first.new))
+                  key=lambda n: (n not in first.sets_of(first.seen), n not in first.new))
     if not sets:
         raise EvalError(f'{" ".join(map(str, folders))}: nothing to draw, val_data was empty')
     fig, axes = plt.subplots(2, len(sets), figsize=(4.6 * len(sets) + 1, 4.8), sharex='col', squeeze=False,

@@ -181,6 +181,16 @@ def test_sets_that_a_run_lacks_and_several_old_ones(tmp_path, monkeypatch):
     assert table['two']['average'] == f'{(2.0 + 2.5 + 1.0) / 3:.3f}'
 
 
+def test_parts_of_a_set(tmp_path, monkeypatch):
+    """docs_1of3 teaches docs, documents does not; also what was seen, and what comes with a switch."""
+    monkeypatch.chdir(tmp_path)
+    losses = [(0, {'docs': 3.0, 'maths': 3.0, 'code': 3.0}), (10, {'docs': 4.0, 'maths': 2.5, 'code': 2.0})]
+    run = eval.Run(run_folder('a', losses, train_data=('maths_sympy',), seen=('docs_1of3', 'documents', 'maths_old'),
+                              switches=[{'step': 5, 'train_data': {'code': 1}}]))
+    assert run.old == ['docs'] and run.new == ['maths', 'code']
+    assert [run.role(name) for name in run.sets] == ['old data, 0% replay', 'the same data again', 'new data']
+
+
 def test_the_table_of_a_real_run(config, monkeypatch):
     monkeypatch.setattr(eval, 'plot', lambda folders, out: None)
     config('up')
