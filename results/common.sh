@@ -20,6 +20,10 @@ on() {      # on SEED NAME CONFIG --key=value...: a stage from the old model of 
     run "$2_seed$1" "${@:3}" --init_from=out/pretrain_docs_seed$1 --seed=$1
 }
 
+each() {    # each out/a out/b: the folders of all seeds
+    for s in $SEEDS; do echo "${@/%/_seed$s}"; done
+}
+
 constant='--schedule=constant --learning_rate=3e-4 --warmup=0'      # the old run's final rate
 half='--learning_rate=1.5e-3 --min_lr=1.5e-4'
 double='--learning_rate=6e-3 --min_lr=6e-4'

@@ -17,8 +17,8 @@ for s in $SEEDS; do
 done
 wait
 
-code=$(for s in $SEEDS; do echo out/{rewarm_replay0,rewarm_replay5,constant_replay0,scratch_code}_seed$s; done)
-reuse=$(for s in $SEEDS; do echo out/reuse_{general,qa_late,qa_first}_seed$s; done)
+code=$(each out/{rewarm_replay0,rewarm_replay5,constant_replay0,scratch_code})
+reuse=$(each out/reuse_{general,qa_late,qa_first})
 python eval.py table $code --claims $here/claims_code.txt --out $here/table_code.md
 python eval.py table $reuse --claims $here/claims_reuse.txt --out $here/table_reuse.md
 python eval.py plot $code --out $here/forgetting.png

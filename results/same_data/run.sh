@@ -15,7 +15,7 @@ for s in $SEEDS; do
 done
 wait
 
-same=$(echo out/{docs_peak1.5e-3,docs_peak3e-3,docs_peak6e-3,docs_constant}_seed?)
-new=$(echo out/{maths_replay0,maths_replay0_peak6e-3}_seed?)
+same=$(each out/{docs_peak1.5e-3,docs_peak3e-3,docs_peak6e-3,docs_constant})
+new=$(each out/{maths_replay0,maths_replay0_peak6e-3})
 python eval.py table $same $new --claims $here/claims.txt --out $here/table.md
 python eval.py plot $same --out $here/curves.png

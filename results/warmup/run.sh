@@ -14,6 +14,6 @@ for s in $SEEDS; do
 done
 wait
 
-runs=$(for s in $SEEDS; do echo out/{rewarm_warmup0,rewarm_warmup0.5,rewarm_replay0,rewarm_warmup2}_seed$s; done)
+runs=$(each out/{rewarm_warmup0,rewarm_warmup0.5,rewarm_replay0,rewarm_warmup2})
 python eval.py table $runs --claims $here/claims.txt --out $here/table.md
 python eval.py plot $runs --out $here/forgetting.png
