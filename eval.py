@@ -306,8 +306,9 @@ QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile
 def labels(groups):
     """{name: label}: the name of a run, and the knobs in which the runs drawn together differ."""
     configs = {name: runs[0].config for name, runs in groups.items()}
-    differ = [key for key in dict.fromkeys([*LOUD, *next(iter(configs.values()))]) if key not in QUIET
-              and len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    known = set.intersection(*map(set, configs.values())) - QUIET       # by older runs, too
+    differ = [key for key in dict.fromkeys([*LOUD, *next(iter(configs.values()))]) if key in known
+              and len({json.dumps(config[key]) for config in configs.values()}) > 1]
 
     def show(value):
         return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if type(value) is float else value

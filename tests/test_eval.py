@@ -303,6 +303,9 @@ def test_what_a_picture_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_folder('a', [(0, {'new': 3.0, 'old': 1.0}), (5, {'new': 2.5, 'old': 1.75}), (10, {'new': 2.0, 'old': 1.5})], seed=1)
     run_folder('b', [(0, {'new': 3.0, 'old': 1.0}), (10, {'new': 2.1, 'old': 1.1})], replay_data=('old',), replay=0.05, seed=2)
+    older = json.loads(Path('b/config.json').read_text())
+    del older['config']['max_epochs']                                               # a knob that came later
+    Path('b/config.json').write_text(json.dumps(older))
     figures = []
     monkeypatch.setattr(plt, 'close', figures.append)
     eval.plot(['a', 'b'], 'x.png')
