@@ -300,7 +300,8 @@ def claims(path, folders):
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#E69F00', (0, (5, 1))),
           ('#56B4E9', (0, (3, 1, 1, 1))), ('#000000', (0, (1, 1))), ('#999999', '-')]
 LOUD = ['replay', 'schedule', 'learning_rate', 'warmup', 'min_lr']      # told first of what differs
-QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'init_from'}
+QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'init_from',
+         'replay_data'}
 
 
 def labels(groups):

@@ -27,7 +27,7 @@ strong=$(each out/rewarm_replay{0,1,5,10,25,50} out/{constant_replay0,scratch_co
 python eval.py table $weak --claims $here/claims_weak.txt --out $here/table_weak.md
 python eval.py table $strong --claims $here/claims_strong.txt --out $here/table_strong.md
 python eval.py table $(each out/{maths,rewarm}_replay0) --claims $here/claims_shift.txt --out $here/table_shift.md
-python eval.py plot $weak --plane docs maths --out $here/plane_weak.png
-python eval.py plot $strong --plane docs code --out $here/plane_strong.png
+python eval.py plot $(each out/maths_replay{0,1,5,10,50} out/{maths_constant,union_docs_maths}) --plane docs maths --out $here/plane_weak.png
+python eval.py plot $(each out/rewarm_replay{0,1,5,10,25,50} out/{constant_replay0,union_docs_code}) --plane docs code --out $here/plane_strong.png
 python eval.py plot $(each out/maths_replay{0,1,5,50}) --out $here/forgetting_weak.png
 python eval.py plot $(each out/rewarm_replay{0,1,5,50}) --out $here/forgetting_strong.png
