@@ -402,8 +402,8 @@ def plane(folders, old, new, out):
         if joined:
             ax.plot([before[1], x], [before[2], y], lw=1, **style)
         short = f'{config["replay"]:.3g}' if joined and 'replay' in differ else f'{config["learning_rate"]:.3g}'
-        where = (4, 6) if runs[0].seen else (4, -12)
-        ax.annotate(short if joined else label, (x, y), xytext=where, textcoords='offset points', fontsize=8)
+        where = dict(xytext=(4, 6)) if runs[0].seen else dict(xytext=(0, 16), ha='center')
+        ax.annotate(short if joined else label, (x, y), **where, textcoords='offset points', fontsize=8)
         before = (config, x, y) if runs[0].seen else None
     if start := [[run.losses(old)[0], run.losses(new)[0]] for runs in groups.values() for run in runs if run.seen]:
         x, y = np.mean(start, 0)
