@@ -248,6 +248,7 @@ def measure(run, dataset, when):
     return statistics.mean(map(one, run.sets if dataset == 'average' else [dataset]))
 
 
+ONE_SEED = 0.005        # nats: as the difference of two runs of one seed varies from seed to seed in results/
 TERM = re.compile(r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?')       # 0.5 * row@when + 0.01
 
 
@@ -255,7 +256,7 @@ def compare(line, groups):
     """Verdict on a claim 'SET: TERM < TERM ... | sentence', as a sentence with its figures.
 
     TERM: [0.5 *] ROW[@when] [+ 0.01], see measure. < is less, ~0.02 is equal within 0.02. Seeds are compared each with
-    itself; a difference counts when it exceeds its standard deviation over the seeds.
+    itself; a difference counts when it exceeds its standard deviation over the seeds, or with one seed ONE_SEED.
     """
     try:
         formula, sentence = map(str.strip, line.split('|'))
@@ -277,7 +278,7 @@ def compare(line, groups):
         if not seeds:
             raise EvalError(f'claim {line!r}: the rows compared have no seed in common')
         by = [right[seed] - left[seed] for seed in seeds]
-        mean, sd = statistics.mean(by), statistics.stdev(by) if len(by) > 1 else 0
+        mean, sd = statistics.mean(by), statistics.stdev(by) if len(by) > 1 else ONE_SEED
         text += f' {relation[0]} {label} (by {spread(by)}{f", {len(by)} seeds" if len(by) > 1 else ", one seed"})'
         verdicts.append(abs(mean) <= float(relation[1:]) if relation != '<' else
                         None if abs(mean) <= sd else mean > 0)
@@ -290,7 +291,8 @@ def claims(path, folders):
     groups = by_seed(folders)
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
     verdicts = [compare(line, groups) for line in lines if line and not line.startswith('#')]
-    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds:\n', *verdicts])
+    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds, or with one seed '
+                      f'{ONE_SEED}:\n', *verdicts])
 
 
 # -----------------------------------------------------------------------------

@@ -218,6 +218,7 @@ def rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize('formula, verdict, effects', [
     ('old: a < b', 'Holds', ['0.200 ± 0.100, 3 seeds']), ('old: b < a', 'Does not hold', ['-0.200 ± 0.100, 3 seeds']),
     ('old: a < b < c', 'Holds', ['0.200 ± 0.100, 3 seeds', '0.100, one seed']),
+    ('old: c - 0.103 < b@peak - 0.4', 'Not decided', ['0.003, one seed']), ('old: c - 0.11 < b@peak - 0.4', 'Holds', ['0.010']),
     ('old: a < c < b', 'Does not hold', ['0.300, one seed', '-0.100, one seed']),
     ('old: a + 0.15 < b', 'Not decided', ['0.050 ± 0.100']), ('old: a - 0.05 < b', 'Holds', ['0.250 ± 0.100']),
     ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100 ± 0.000']), ('old: 0.5 * a@rise < b@rise', 'Holds', ['0.350']),
