@@ -303,7 +303,7 @@ STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':
           ('#56B4E9', (0, (3, 1, 1, 1))), ('#000000', (0, (1, 1))), ('#999999', '-')]
 LOUD = ['replay', 'schedule', 'learning_rate', 'warmup', 'min_lr']      # told first of what differs
 QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'init_from',
-         'replay_data'}
+         'branch_from', 'replay_data'}
 
 
 def labels(groups):
@@ -314,7 +314,9 @@ def labels(groups):
               and len({json.dumps(config[key]) for config in configs.values()}) > 1]
 
     def show(value):
-        return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if type(value) is float else value
+        if isinstance(value, (dict, list)):
+            return '+'.join(value) or 'none' if isinstance(value, dict) else len(value)     # of switches, how many
+        return f'{value:g}' if type(value) is float else str(value)[:30]
     return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:3])]) for name in groups}
 
 
@@ -349,7 +351,7 @@ def plot(folders, out):
                 ax.plot(t / unit, loss, color=color, ls=style, lw=1.8, label=names[label])
                 ax.fill_between(t / unit, loss - sd, loss + sd, color=color, alpha=0.2, lw=0)
                 shown.extend(loss[t >= (0 if runs[0].seen else t[-1] / 10)])
-                if runs[0].seen:
+                if runs[0].seen and not runs[0].config['branch_from']:
                     ax.axhline(loss[0], color='0.4', ls=':', lw=1, zorder=0)
             t, lr, _ = mean_curve(runs, lambda run: run.trains, lambda row: row['lr'])
             low.plot(t / unit, lr, color=color, ls=style, lw=1.5)

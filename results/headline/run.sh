@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One effect of each paper with one seed, 20 minutes on 2 CPU cores from nothing: re-warming against the constant rate
+# One effect of each paper with one seed, 10 to 15 minutes on 2 CPU cores from nothing: re-warming against the constant rate
 # (Gupta et al. 2023), replay (Ibrahim et al. 2024), no re-warming and valuable data late (Parmar et al. 2024).
 SEEDS=${SEEDS:-1}
 . "$(dirname "$0")/../common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How high to re-warm: half, as high as and twice the peak of pre-training, against its final rate and from scratch
-# (Gupta et al. 2023, Figs. 2-4; Ibrahim et al. 2024, Fig. 4). Three seeds; about 15 minutes on 2 CPU cores after replay.
+# (Gupta et al. 2023, Figs. 2-4; Ibrahim et al. 2024, Fig. 4). Three seeds; about 10 minutes on 2 CPU cores after replay.
 . "$(dirname "$0")/../common.sh"
 here=results/peaks
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How much to replay, under a weak and under a strong shift (Ibrahim et al. 2024, Table 2 and Figs. 4, 5 and 7).
-# Three seeds; about 45 minutes on 2 CPU cores, 70 with the runs of first_curve that it needs.
+# Three seeds; about 35 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/replay
 sets="--val_data=['docs', 'maths']"

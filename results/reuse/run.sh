@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reuse, don't retrain (Parmar et al. 2024): when the few valuable data come (Table 4), where the rate ends (Table 8),
 # where the data switch (Table 9), with and without re-warming. Loss on held-out `examples` stands for the paper's mean of
-# four benchmarks. Seed 1; about 9 minutes on 2 CPU cores after first_curve.
+# four benchmarks. Seed 1; about 8 minutes on 2 CPU cores after first_curve.
 SEEDS=${SEEDS:-1}
 . "$(dirname "$0")/../common.sh"
 here=results/reuse
