@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=1            # two runs side by side on a thread each bea
 SEEDS=${SEEDS:-1 2 3}
 
 run() {     # run NAME CONFIG --key=value...: trains into out/NAME in the background; waits while two others do
-    while (($(jobs -rp | wc -l) >= 2)); do wait -n || true; done
+    while (($(jobs -rp | wc -l) >= 2)); do sleep 0.2; done
     (python train.py "${@:2}" --out_dir="out/$1" > "out/$1.log" 2>&1 && echo "$1" || { tail -n 5 "out/$1.log"; kill $$; }) &
 }
 
