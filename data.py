@@ -721,6 +721,9 @@ EMBEDDED |= {f'maths_{package}': (prose_of, (package,)) for package in MATHS[:3]
 def python_files(package):
     """The sorted .py files of an installed package, or of the standard library ('python')."""
     is_python = package == 'python'
+    if not is_python and not importlib.util.find_spec(package):
+        raise DataError(f'the package {package}, whose text this corpus is made of, is not installed: '
+                        f'pip install {package}')
     root = Path(sysconfig.get_path('stdlib') if is_python else importlib.util.find_spec(package).origin)
     root = root if is_python else root.parent
     installed = {'site-packages', 'dist-packages'}
@@ -741,7 +744,8 @@ def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
     """Build an embedded corpus, see EMBEDDED, in data_dir unless it is there; returns its folder.
 
     Copies of a document are dropped. A part (docs_1of3) has the documents whose hash says so; what is held out for
-    validation from the whole is held out from its parts too. The result is the same for any number of workers (default: up to 8).
+    validation from the whole is held out from its parts too. The result is the same for any number of workers
+    (default: up to 8).
     """
     folder = Path(data_dir, name)
     if folder.exists():
