@@ -157,8 +157,8 @@ class Run:
         self.config |= {k: v for k, v in derived.get('model', {}).items() if k in self.config}      # a parent's shape
         self.seen = derived['seen']
         self.sets = list(self.evals[0]['val'])
-        taught = self.config['train_data'].keys() | {n for s in self.config['switches'] for n in s.get('train_data', {})}
-        self.new = self.sets_of(taught)
+        later = {name for switch in self.config['switches'] for name in switch.get('train_data', {})}
+        self.new = self.sets_of(self.config['train_data'].keys() | later)
         self.old = [name for name in self.sets_of(self.seen) if name not in self.new]
 
     def sets_of(self, sources):
@@ -174,7 +174,8 @@ class Run:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
             return f'old data, {100 * share:.3g}% replay'
         if name in self.new:
-            return 'the same data again' if name in self.sets_of(self.seen) else 'new data' if self.seen else 'training data'
+            return ('the same data again' if name in self.sets_of(self.seen) else
+                    'new data' if self.seen else 'training data')
         return 'never trained on'
 
 
@@ -291,8 +292,8 @@ def claims(path, folders):
     groups = by_seed(folders)
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
     verdicts = [compare(line, groups) for line in lines if line and not line.startswith('#')]
-    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds, or with one seed '
-                      f'{ONE_SEED}:\n', *verdicts])
+    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds, or with one '
+                      f'seed {ONE_SEED}:\n', *verdicts])
 
 
 # -----------------------------------------------------------------------------
