@@ -193,9 +193,13 @@ def by_seed(folders):
     for folder in folders:
         run = Run(folder)
         groups.setdefault(re.sub(r'_seed\d+$', '', run.name), []).append(run)
+    return groups
+
+
+def warn_of_unfinished(folders):
+    for folder, run in zip(folders, map(Run, folders)):
         if (step := run.evals[-1]['step']) < run.config['max_steps']:
             print(f'{folder} is not finished: step {step:,} of {run.config["max_steps"]:,}', file=sys.stderr)
-    return groups
 
 
 def spread(values, digits=3):
@@ -407,7 +411,7 @@ def plane(folders, old, new, out):
         if joined:
             ax.plot([before[1], x], [before[2], y], lw=1, **style)
         short = f'{config["replay"]:.3g}' if joined and 'replay' in differ else f'{config["learning_rate"]:.3g}'
-        where = dict(xytext=(4, 6)) if runs[0].seen else dict(xytext=(0, 16), ha='center')
+        where = dict(xytext=(4, 6)) if runs[0].seen else dict(xytext=(0, -24), ha='center')
         ax.annotate(short if joined else label, (x, y), **where, textcoords='offset points', fontsize=8)
         before = (config, x, y) if runs[0].seen else None
     if start := [[run.losses(old)[0], run.losses(new)[0]] for runs in groups.values() for run in runs if run.seen]:
@@ -460,6 +464,7 @@ def loss_command(args):
 
 
 def table_command(args):
+    warn_of_unfinished(args.runs)
     text = table(args.runs) + (f'\n\n{claims(args.claims, args.runs)}' if args.claims else '')
     print(text)
     if args.out:
@@ -470,6 +475,7 @@ def table_command(args):
 def plot_command(args):
     if not args.out.endswith('.png'):
         raise EvalError(f'--out {args.out}: expected a name that ends in .png')
+    warn_of_unfinished(args.runs)
     plane(args.runs, *args.plane, args.out) if args.plane else plot(args.runs, args.out)
     print(args.out)
 

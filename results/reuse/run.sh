@@ -32,5 +32,4 @@ switch=$(each out/reuse_{qa_throughout,switch_1_2,qa_late,switch_1_10,switch_1_5
 python eval.py table $order --claims $here/claims_order.txt --out $here/table_order.md
 python eval.py table $ends --claims $here/claims_ends.txt --out $here/table_ends.md
 python eval.py table $switch --claims $here/claims_switch.txt --out $here/table_switch.md
-python eval.py plot $order --plane docs examples --out $here/plane.png
 python eval.py plot $(each out/reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}) --out $here/curves.png
