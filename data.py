@@ -553,8 +553,8 @@ def cap_epochs(sources, phases, max_epochs, first, total, rows):
                             'may, and no other source is left. Raise its cap, train shorter, or add a source.')
         phases[at + (phases[at][0] < start):] = [(g, {n: str(w) for n, w in mix_weights(weights).items()})
                                                  for g, weights in rest]
-        said.append(f'max_epochs: {name} comes to its cap of {max_epochs[name]:g} epochs in step {start // rows:,}; from '
-                    f'there on its share goes to {", ".join(n for n, w in rest[0][1].items() if Fraction(w))}')
+        said.append(f'max_epochs: {name} comes to its cap of {max_epochs[name]:g} epochs in step {start // rows:,}; '
+                    f'from there on its share goes to {", ".join(n for n, w in rest[0][1].items() if Fraction(w))}')
 
 
 def rows(step, batch_size, rank=0, world=1, micro_batch=None, micro_step=0):
@@ -721,6 +721,9 @@ EMBEDDED |= {f'maths_{package}': (prose_of, (package,)) for package in MATHS[:3]
 def python_files(package):
     """The sorted .py files of an installed package, or of the standard library ('python')."""
     is_python = package == 'python'
+    if not is_python and not importlib.util.find_spec(package):
+        raise DataError(f'the package {package}, whose text this corpus is made of, is not installed: '
+                        f'pip install {package}')
     root = Path(sysconfig.get_path('stdlib') if is_python else importlib.util.find_spec(package).origin)
     root = root if is_python else root.parent
     installed = {'site-packages', 'dist-packages'}
@@ -741,7 +744,8 @@ def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
     """Build an embedded corpus, see EMBEDDED, in data_dir unless it is there; returns its folder.
 
     Copies of a document are dropped. A part (docs_1of3) has the documents whose hash says so; what is held out for
-    validation from the whole is held out from its parts too. The result is the same for any number of workers (default: up to 8).
+    validation from the whole is held out from its parts too. The result is the same for any number of workers
+    (default: up to 8).
     """
     folder = Path(data_dir, name)
     if folder.exists():
@@ -756,7 +760,8 @@ def prepare_embedded(name, data_dir='data', *, files=None, workers=None):
     documents = dict.fromkeys(text for texts in found for text in texts or [])
     if match := PART.search(name):
         part, parts = map(int, match.groups())
-        documents = [d for d in documents if blake2b(d.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1]
+        documents = [document for document in documents
+                     if blake2b(document.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1]
     try:
         write_corpus(documents, name, data_dir)
     except DataError:

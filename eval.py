@@ -2,7 +2,9 @@
 
     python eval.py loss   RUN                       # loss on each validation set of a run's newest checkpoint
     python eval.py table  RUN RUN ... [--out x.md]  # final losses, forgetting, adaptation; x.json with what made them
+        [--claims x.txt]                            # and what a paper says, put to the test on these runs
     python eval.py plot   RUN RUN ... [--out x.png] # loss on old and new data against tokens, learning rate below
+        [--plane docs code]                         # or the final loss on new data against that on old data
     python eval.py sample RUN --prompt 'def '       # text from it
 
 RUN is a run folder (its newest checkpoint) or a checkpoint. Runs named x_seed1, x_seed2, ... are one row of a table
@@ -136,7 +138,7 @@ class Run:
     """What config.json and metrics.jsonl of a run folder say.
 
     config: {knob: value}; sets: validation sets; evals and trains: rows of metrics.jsonl. Old sets are those that an
-    earlier stage was trained on and this one is not, replay apart; new sets those in train_data.
+    earlier stage was trained on and this one is not, replay apart; new sets those in train_data, at first or later.
     """
 
     def __init__(self, folder):
@@ -151,10 +153,17 @@ class Run:
         if not self.evals:
             raise EvalError(f'{folder}: metrics.jsonl holds no evaluation yet')
         self.made_by = {k: v for k, v in self.config.items() if k not in ('config', 'origin', 'derived')}
-        self.config, self.seen = self.config['config'], self.config['derived']['seen']
+        derived, self.config = self.config['derived'], self.config['config']
+        self.config |= {k: v for k, v in derived.get('model', {}).items() if k in self.config}      # a parent's shape
+        self.seen = derived['seen']
         self.sets = list(self.evals[0]['val'])
-        self.new = [name for name in self.sets if name in self.config['train_data']]
-        self.old = [name for name in self.sets if name in self.seen and name not in self.new]
+        later = {name for switch in self.config['switches'] for name in switch.get('train_data', {})}
+        self.new = self.sets_of(self.config['train_data'].keys() | later)
+        self.old = [name for name in self.sets_of(self.seen) if name not in self.new]
+
+    def sets_of(self, sources):
+        """The validation sets that these sources teach, in whole or, as docs_1of3 does docs, in part."""
+        return [name for name in self.sets if any(f'{source}_'.startswith(f'{name}_') for source in sources)]
 
     def losses(self, name):
         return [row['val'][name]['loss'] for row in self.evals]
@@ -164,7 +173,10 @@ class Run:
         if name in self.old:
             share = self.config['replay'] if name in self.config['replay_data'] else 0
             return f'old data, {100 * share:.3g}% replay'
-        return ('new data' if self.seen else 'training data') if name in self.new else 'never trained on'
+        if name in self.new:
+            return ('the same data again' if name in self.sets_of(self.seen) else
+                    'new data' if self.seen else 'training data')
+        return 'never trained on'
 
 
 def is_evaluated(folder, step):
@@ -181,9 +193,13 @@ def by_seed(folders):
     for folder in folders:
         run = Run(folder)
         groups.setdefault(re.sub(r'_seed\d+$', '', run.name), []).append(run)
+    return groups
+
+
+def warn_of_unfinished(folders):
+    for folder, run in zip(folders, map(Run, folders)):
         if (step := run.evals[-1]['step']) < run.config['max_steps']:
             print(f'{folder} is not finished: step {step:,} of {run.config["max_steps"]:,}', file=sys.stderr)
-    return groups
 
 
 def spread(values, digits=3):
@@ -237,11 +253,15 @@ def measure(run, dataset, when):
     return statistics.mean(map(one, run.sets if dataset == 'average' else [dataset]))
 
 
+ONE_SEED = 0.005        # nats: as the difference of two runs of one seed varies from seed to seed in results/
+TERM = re.compile(r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?')       # 0.5 * row@when + 0.01
+
+
 def compare(line, groups):
     """Verdict on a claim 'SET: TERM < TERM ... | sentence', as a sentence with its figures.
 
     TERM: [0.5 *] ROW[@when] [+ 0.01], see measure. < is less, ~0.02 is equal within 0.02. Seeds are compared each with
-    itself; a difference counts when it exceeds its standard deviation over the seeds.
+    itself; a difference counts when it exceeds its standard deviation over the seeds, or with one seed ONE_SEED.
     """
     try:
         formula, sentence = map(str.strip, line.split('|'))
@@ -249,8 +269,7 @@ def compare(line, groups):
         first, *others = re.split(r'\s(<|~[\d.]+)\s', rest)
         values, shown = [], []
         for term in (first, *others[1::2]):
-            factor, row, when, sign, offset = re.fullmatch(
-                r'(?:([\d.]+) \* )?([^\s@]+)(?:@(\w+))?(?: ([+-]) ([\d.]+))?', term.strip()).groups()
+            factor, row, when, sign, offset = TERM.fullmatch(term.strip()).groups()
             shift = float(offset or 0) * (-1 if sign == '-' else 1)
             values.append({run.config['seed']: float(factor or 1) * measure(run, dataset, when or '') + shift
                            for run in groups[row]})
@@ -264,19 +283,21 @@ def compare(line, groups):
         if not seeds:
             raise EvalError(f'claim {line!r}: the rows compared have no seed in common')
         by = [right[seed] - left[seed] for seed in seeds]
-        mean, sd = statistics.mean(by), statistics.stdev(by) if len(by) > 1 else 0
+        mean, sd = statistics.mean(by), statistics.stdev(by) if len(by) > 1 else ONE_SEED
         text += f' {relation[0]} {label} (by {spread(by)}{f", {len(by)} seeds" if len(by) > 1 else ", one seed"})'
         verdicts.append(abs(mean) <= float(relation[1:]) if relation != '<' else
                         None if abs(mean) <= sd else mean > 0)
-    verdict = 'Does not hold' if False in verdicts else 'Not decided, within the spread' if None in verdicts else 'Holds'
+    verdict = 'Does not hold' if False in verdicts else 'Not decided' if None in verdicts else 'Holds'
     return f'- **{verdict}.** {sentence} [{dataset}: {text}]'
 
 
 def claims(path, folders):
-    """The verdicts on the claims of a file, a line each; # begins a comment."""
+    """The verdicts on the claims of a file as Markdown; # begins a comment."""
     groups = by_seed(folders)
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    return '\n'.join(compare(line, groups) for line in lines if line and not line.startswith('#'))
+    verdicts = [compare(line, groups) for line in lines if line and not line.startswith('#')]
+    return '\n'.join(['Claims; a difference counts when it exceeds its standard deviation over the seeds, or with one '
+                      f'seed {ONE_SEED}:\n', *verdicts])
 
 
 # -----------------------------------------------------------------------------
@@ -285,18 +306,23 @@ def claims(path, folders):
 # Okabe and Ito's colours and a line style each: apart in grey and for colour-blind readers.
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#CC79A7', ':'), ('#E69F00', (0, (5, 1))),
           ('#56B4E9', (0, (3, 1, 1, 1))), ('#000000', (0, (1, 1))), ('#999999', '-')]
+LOUD = ['replay', 'schedule', 'learning_rate', 'warmup', 'min_lr']      # told first of what differs
 QUIET = {'out_dir', 'overwrite', 'seed', 'data_dir', 'device', 'dtype', 'kernels', 'compile', 'micro_batch_size',
-         'init_from'}
+         'init_from', 'branch_from', 'replay_data'}
 
 
 def labels(groups):
     """{name: label}: the name of a run, and the knobs in which the runs drawn together differ."""
     configs = {name: runs[0].config for name, runs in groups.items()}
-    differ = [key for key in next(iter(configs.values())) if key not in QUIET
-              and len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    known = set.intersection(*map(set, configs.values())) - QUIET       # by older runs, too
+    differ = [key for key in dict.fromkeys([*LOUD, *next(iter(configs.values()))]) if key in known
+              and len({json.dumps(config[key]) for config in configs.values()}) > 1]
+
     def show(value):
-        return '+'.join(value) or 'none' if isinstance(value, dict) else f'{value:g}' if type(value) is float else value
-    return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:4])]) for name in groups}
+        if isinstance(value, (dict, list)):
+            return '+'.join(value) or 'none' if isinstance(value, dict) else len(value)     # of switches, how many
+        return f'{value:g}' if type(value) is float else str(value)[:30]
+    return {name: '\n'.join([name, *(f'{key} {show(configs[name][key])}' for key in differ[:3])]) for name in groups}
 
 
 def mean_curve(runs, rows, value):
@@ -314,7 +340,8 @@ def plot(folders, out):
     import matplotlib.pyplot as plt
     groups = by_seed(folders)
     names, first = labels(groups), next(iter(groups.values()))[0]
-    sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets), key=lambda n: n in first.new)
+    sets = sorted(dict.fromkeys(n for runs in groups.values() for n in runs[0].sets),
+                  key=lambda n: (n not in first.sets_of(first.seen), n not in first.new))
     if not sets:
         raise EvalError(f'{" ".join(map(str, folders))}: nothing to draw, val_data was empty')
     fig, axes = plt.subplots(2, len(sets), figsize=(4.6 * len(sets) + 1, 4.8), sharex='col', squeeze=False,
@@ -322,12 +349,14 @@ def plot(folders, out):
     largest = max(runs[0].evals[-1]['tokens'] for runs in groups.values())
     unit, name = next((u, n) for u, n in ((1e9, 'billion'), (1e6, 'million'), (1, '')) if largest >= u or u == 1)
     for ax, low, dataset in zip(*axes, sets):
+        shown = []                                  # the fall from random weights leaves through the top
         for (color, style), (label, runs) in zip(STYLES * len(groups), groups.items()):
             if dataset in runs[0].sets:
                 t, loss, sd = mean_curve(runs, lambda run: run.evals, lambda row: row['val'][dataset]['loss'])
                 ax.plot(t / unit, loss, color=color, ls=style, lw=1.8, label=names[label])
                 ax.fill_between(t / unit, loss - sd, loss + sd, color=color, alpha=0.2, lw=0)
-                if runs[0].seen:
+                shown.extend(loss[t >= (0 if runs[0].seen else t[-1] / 10)])
+                if runs[0].seen and not runs[0].config['branch_from']:
                     ax.axhline(loss[0], color='0.4', ls=':', lw=1, zorder=0)
             t, lr, _ = mean_curve(runs, lambda run: run.trains, lambda row: row['lr'])
             low.plot(t / unit, lr, color=color, ls=style, lw=1.5)
@@ -336,9 +365,12 @@ def plot(folders, out):
             L = first.losses(dataset)
             change = f'\n{L[-1] - L[0]:+.3f} nats since the start'
             change += f' (peak {max(L) - L[0]:+.3f})' * (dataset in first.old)
-        role = first.role(dataset).partition(',')[0] if len(groups) > 1 else first.role(dataset)
+        teacher = next((runs[0] for runs in groups.values() if dataset in runs[0].new + runs[0].old), first)
+        role = teacher.role(dataset).partition(',')[0] if len(groups) > 1 else first.role(dataset)
         ax.set_title(f'{dataset} ({role}){change}', fontsize=10)
         ax.set_ylabel('validation loss (nats per token)')
+        margin = 0.08 * np.ptp(shown) or 0.1
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
         low.set(xlabel=f'tokens of this stage ({name})'.replace(' ()', ''), ylabel='learning rate', ylim=(0, None))
         low.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         for a in (ax, low):
@@ -379,14 +411,15 @@ def plane(folders, old, new, out):
         if joined:
             ax.plot([before[1], x], [before[2], y], lw=1, **style)
         short = f'{config["replay"]:.3g}' if joined and 'replay' in differ else f'{config["learning_rate"]:.3g}'
-        ax.annotate(short if joined else label, (x, y), xytext=(4, 6), textcoords='offset points', fontsize=8)
+        where = dict(xytext=(4, 6)) if runs[0].seen else dict(xytext=(0, -24), ha='center')
+        ax.annotate(short if joined else label, (x, y), **where, textcoords='offset points', fontsize=8)
         before = (config, x, y) if runs[0].seen else None
     if start := [[run.losses(old)[0], run.losses(new)[0]] for runs in groups.values() for run in runs if run.seen]:
         x, y = np.mean(start, 0)
         ax.plot(x, y, '*', color='0.3', ms=12)
         ax.annotate('start', (x, y), xytext=(7, 4), textcoords='offset points', fontsize=8)
     ax.set(xlabel=f'loss on {old}, old data (nats per token)', ylabel=f'loss on {new}, new data (nats per token)')
-    ax.set_title('circles continue a trained model, squares start from random weights; down and left is better', fontsize=8)
+    ax.set_title('circles: continued, squares: from random weights; down and left is better', fontsize=9)
     ax.margins(0.15)
     ax.grid(alpha=0.25)
     ax.spines[['top', 'right']].set_visible(False)
@@ -431,6 +464,7 @@ def loss_command(args):
 
 
 def table_command(args):
+    warn_of_unfinished(args.runs)
     text = table(args.runs) + (f'\n\n{claims(args.claims, args.runs)}' if args.claims else '')
     print(text)
     if args.out:
@@ -441,6 +475,7 @@ def table_command(args):
 def plot_command(args):
     if not args.out.endswith('.png'):
         raise EvalError(f'--out {args.out}: expected a name that ends in .png')
+    warn_of_unfinished(args.runs)
     plane(args.runs, *args.plane, args.out) if args.plane else plot(args.runs, args.out)
     print(args.out)
 
@@ -477,7 +512,7 @@ def main(argv):
         p.add_argument('runs', nargs='+')
         p.add_argument('--out', default=out)
         if name == 'table':
-            p.add_argument('--claims', metavar='FILE', help="lines 'docs: row_a < row_b | sentence' to test on the runs")
+            p.add_argument('--claims', metavar='FILE', help="lines 'docs: row_a < row_b | sentence' to test")
         else:
             p.add_argument('--plane', nargs=2, metavar=('OLD', 'NEW'), help='final loss on one set against the other')
         p.set_defaults(command=command)

@@ -74,7 +74,8 @@ class Config:
     replay_order: str = 'first-seen'    # as the first run saw them, or 'reshuffled'
     switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; with 'lr': 0.2 for 'step',
                                         # when the rate has fallen to a fifth of its peak (Parmar et al. 2024)
-    max_epochs: dict = field(default_factory=dict)    # {source: epochs}: once read so often, its share goes to the others
+    max_epochs: dict = field(default_factory=dict)    # {source: epochs}; read so often, its share goes to the others
+    old_data: list = field(default_factory=list)      # what weights from elsewhere were trained on; our runs know
     val_data: list = field(default_factory=list)      # sources to evaluate on, each by itself, old ones too
 
     # --- batch: the same optimisation on any number of devices -------------------------------------------
@@ -235,8 +236,8 @@ def check(cfg, origin, world):
                         f'{max(1, size // world) * world} and {(size // world + 1) * world}')
     if not all(isinstance(s, int) and 0 <= s <= cfg.max_steps for s in cfg.milestones):
         problems.append(f'milestones = {cfg.milestones}: expected steps from 0 to max_steps')
-    if not all(isinstance(name, str) for name in cfg.val_data):
-        problems.append(f'val_data = {cfg.val_data}: expected names of sources')
+    problems += [f'{key} = {getattr(cfg, key)}: expected names of sources' for key in ('val_data', 'old_data')
+                 if not all(isinstance(name, str) for name in getattr(cfg, key))]
     problems += [f'paths[{name!r}] = {where!r}: expected a pattern, or a list of them'
                  for name, where in cfg.paths.items()
                  if not all(isinstance(p, str) for p in (where if isinstance(where, list) else [where]))]
@@ -246,8 +247,8 @@ def check(cfg, origin, world):
                 set(switch) - {'step', 'lr', 'train_data', 'replay_data', 'replay'}:
             problems.append(f"switches[{i}] = {switch}: expected 'step' or 'lr', and what changes of "
                             'train_data, replay_data and replay')
-    problems += [f'max_epochs[{name!r}] = {epochs!r}: expected a number above 0' for name, epochs in cfg.max_epochs.items()
-                 if not isinstance(epochs, (int, float)) or not epochs > 0]
+    problems += [f'max_epochs[{name!r}] = {cap!r}: expected a number above 0' for name, cap in cfg.max_epochs.items()
+                 if not isinstance(cap, (int, float)) or not cap > 0]
     if problems:
         raise TrainError('\n'.join(problems))
 
@@ -660,7 +661,7 @@ def train(cfg, origin, process, state):
     cfg = inherit(cfg, origin, parent, mode)
     first_step = parent['step'] if mode in ('resume', 'branch_from') else 0
     seen = (parent or {}).get('keys', {})               # {source: key of its order}, of this run or earlier stages
-    stages = state['seen'] if state else sorted(seen)   # sources that earlier stages were trained on
+    stages = state['seen'] if state else sorted({*seen, *cfg.old_data})     # what earlier stages were trained on
 
     # --- data: all of it known before the first step -----------------------------------------------------------
     sources, val_sets = open_data(cfg, parent, mode, process)
@@ -673,19 +674,19 @@ def train(cfg, origin, process, state):
         raise TrainError(f'the data have changed since the checkpoint: source {changed[0]!r} was '
                          f'{state["data"].get(changed[0])}, is {prints[changed[0]]}. Put the old shards back, or '
                          'start anew with --overwrite=true.')
+    rows = rows_per_step(cfg)
     if mode == 'resume':
         phases = parent['phases']
     else:
         phases = resolve_phases(cfg, lr, first_step, parent if mode == 'branch_from' else None)
         if unknown := [name for name in cfg.max_epochs if name not in sources]:
             raise TrainError(f'max_epochs names {", ".join(unknown)}; trained on are {", ".join(sources)}')
-        rows = rows_per_step(cfg)
-        phases, changes = data.cap_epochs(sources, phases, cfg.max_epochs, first_step * rows, cfg.max_steps * rows, rows)
+        first, total = first_step * rows, cfg.max_steps * rows
+        phases, changes = data.cap_epochs(sources, phases, cfg.max_epochs, first, total, rows)
         say(*changes)
     mixture = data.Mixture(sources, phases)
 
     # --- the batch, the model ----------------------------------------------------------------------------------
-    rows = rows_per_step(cfg)
     micro = max(n for n in range(1, rows // world + 1) if rows // world % n == 0 and n <= cfg.micro_batch_size)
     accumulation = rows // world // micro
     model, forward, optimizer, scaler = build_model(cfg, shape, parent, mode, process, device, dtype)

@@ -1,4 +1,4 @@
-"""Re-warming on the same data: continue on `docs` after `docs` (Gupta et al. 2023, section 4.4; Ibrahim et al., Fig. 8).
+"""Re-warming on the same data: `docs` after `docs` (Gupta et al. 2023, section 4.4; Ibrahim et al. 2024, Fig. 8).
 
     torchrun train.py config/rewarm_docs_docs.py
 

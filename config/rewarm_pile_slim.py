@@ -1,10 +1,21 @@
-"""From the Pile to SlimPajama, re-warmed and re-decayed: the weak shift of Gupta et al. 2023 and Ibrahim et al. 2024.
+"""From the Pile to SlimPajama, re-warmed and re-decayed, with 5% replay: the weak shift of Ibrahim et al. 2024.
 
     torchrun --nproc_per_node=8 train.py config/rewarm_pile_slim.py
 
-Starts from config/pretrain_pile.py, or from released weights: --init_from=weights/pythia-410m (Gupta et al.). For a
-node of 8 large GPUs or more. Expect, at the end (Ibrahim et al., Table 2, 405M): Pile 2.23, SlimPajama 2.51; without
-replay 2.44 and 2.50. Those are tokens of GPT-NeoX-20B: bring shards of them (`paths`); `data.py prepare` makes bytes.
+Starts from config/pretrain_pile.py; from released weights, see config/rewarm_pythia_slim.py. For a node of 8 large
+GPUs or more. Expect, at the end (Ibrahim et al., Table 2, 405M): Pile 2.23, SlimPajama 2.51; without replay 2.44 and
+2.50. Those are tokens of GPT-NeoX-20B: bring shards of them (`paths`); `data.py prepare` makes bytes. The paper's
+other runs, each with an --out_dir of its own:
+
+    --replay=0.01                                            Table 2, Fig. 5: 0, 0.005, 0.01, 0.05, 0.1, 0.5
+    --replay=0 --warmup=0                                    Fig. 3: 0, 0.005, 0.01, 0.02; the first 50B tokens
+    --replay=0 --learning_rate=1.5e-4 --min_lr=1.5e-5        Fig. 4: 1.5e-4, 3e-4, 6e-4, each to a tenth
+    --replay=0 --schedule=constant --learning_rate=3e-5 --warmup=0      Fig. 4: no re-warming
+    --replay=0 --replay_data="{}" --train_data="{'pile': 1}"            Fig. 8: the Pile again, with the peaks of Fig. 4
+
+and with 10B parameters (Fig. 7, Table 4), 5% replay and none:
+
+    --init_from=config/pretrain_pile_10b.py --learning_rate=1.2e-4 --min_lr=1.2e-5 --micro_batch_size=6
 """
 out_dir = 'out/rewarm_pile_slim'
 init_from = 'config/pretrain_pile.py'

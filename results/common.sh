@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=1            # two runs side by side on a thread each bea
 SEEDS=${SEEDS:-1 2 3}
 
 run() {     # run NAME CONFIG --key=value...: trains into out/NAME in the background; waits while two others do
-    while (($(jobs -rp | wc -l) >= 2)); do wait -n || true; done
+    while (($(jobs -rp | wc -l) >= 2)); do sleep 0.2; done
     (python train.py "${@:2}" --out_dir="out/$1" > "out/$1.log" 2>&1 && echo "$1" || { tail -n 5 "out/$1.log"; kill $$; }) &
 }
 
@@ -18,6 +18,10 @@ pretrained() {      # the old model of every question; milestones: Pythia's 10,0
 
 on() {      # on SEED NAME CONFIG --key=value...: a stage from the old model of that seed
     run "$2_seed$1" "${@:3}" --init_from=out/pretrain_docs_seed$1 --seed=$1
+}
+
+each() {    # each out/a out/b: the folders of all seeds
+    for s in $SEEDS; do echo "${@/%/_seed$s}"; done
 }
 
 constant='--schedule=constant --learning_rate=3e-4 --warmup=0'      # the old run's final rate

@@ -700,6 +700,13 @@ def test_embedded_corpora(tmp_path, capsys):
     assert (one / shards[0]).stat().st_mtime_ns == before
 
 
+def test_a_package_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.importlib.util, 'find_spec', lambda package: None)
+    with pytest.raises(DataError, match='sympy.* not installed: pip install sympy'):
+        data.prepare_embedded('maths', tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_embedded_file_lists_are_sorted_and_ours():
     files = data.python_files('python')
     assert files == sorted(files) and len(files) > 300 and any(f.endswith(data.TOPICS) for f in files)

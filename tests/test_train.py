@@ -422,6 +422,9 @@ def test_every_way_to_name_a_parent(config):
         assert first['step'] == 0 and first['val'] == metrics('out/up', 'eval')[-1]['val'], parent
         assert losses('out/b') == found.setdefault('first', losses('out/b')), parent
         assert json.loads(Path('out/b/config.json').read_text())['derived']['start'] == 'init_from'
+    assert eval.Run('out/b').old == []                              # weights alone do not say what they have seen
+    ends_well(stage(config, 'b', init_from='hf', old_data=['old']), '--overwrite=true')
+    assert eval.Run('out/b').old == ['old'] and eval.Run('out/b').new == ['new']
 
 
 def test_fresh_and_kept_moments(config):

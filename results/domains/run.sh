@@ -12,6 +12,6 @@ for s in $SEEDS; do
 done
 wait
 
-runs=$(for s in $SEEDS; do echo out/domains_{one_by_one,mixed}_seed$s; done)
+runs=$(each out/domains_{one_by_one,mixed})
 python eval.py table $runs --claims $here/claims.txt --out $here/table.md
 python eval.py plot $runs --out $here/forgetting.png

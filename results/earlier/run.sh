@@ -19,6 +19,6 @@ for s in $SEEDS; do
 done
 wait
 
-runs=$(for s in $SEEDS; do echo out/{from_step{70,190}_warmup{0,1},rewarm_warmup0,rewarm_replay0,scratch_code}_seed$s; done)
+runs=$(each out/{from_step{70,190}_warmup{0,1},rewarm_warmup0,rewarm_replay0,scratch_code})
 python eval.py table $runs --claims $here/claims.txt --out $here/table.md
 python eval.py plot $runs --out $here/forgetting.png

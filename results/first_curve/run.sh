@@ -14,6 +14,6 @@ for s in $SEEDS; do
 done
 wait
 
-python eval.py table out/{pretrain_docs,rewarm_replay0,rewarm_replay5,constant_replay0,constant_replay5,scratch_code,union_docs_code}_seed? \
+python eval.py table $(each out/{pretrain_docs,rewarm_replay0,rewarm_replay5,constant_replay0,constant_replay5,scratch_code,union_docs_code}) \
     --claims $here/claims.txt --out $here/table.md
-python eval.py plot out/{rewarm_replay0,rewarm_replay5,constant_replay5}_seed? --out $here/forgetting.png
+python eval.py plot $(each out/{rewarm_replay0,rewarm_replay5,constant_replay5}) --out $here/forgetting.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How much to replay, under a weak and under a strong shift (Ibrahim et al. 2024, Table 2 and Figs. 4, 5 and 7).
-# Three seeds; about 45 minutes on 2 CPU cores, 70 with the runs of first_curve that it needs.
+# Three seeds; about 35 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/replay
 sets="--val_data=['docs', 'maths']"
@@ -22,12 +22,12 @@ for s in $SEEDS; do
 done
 wait
 
-weak=$(echo out/maths_replay{0,0.5,1,5,10,50}_seed? out/{maths_constant,scratch_maths,union_docs_maths}_seed?)
-strong=$(echo out/rewarm_replay{0,1,5,10,25,50}_seed? out/{constant_replay0,scratch_code,union_docs_code}_seed?)
+weak=$(each out/maths_replay{0,0.5,1,5,10,50} out/{maths_constant,scratch_maths,union_docs_maths})
+strong=$(each out/rewarm_replay{0,1,5,10,25,50} out/{constant_replay0,scratch_code,union_docs_code})
 python eval.py table $weak --claims $here/claims_weak.txt --out $here/table_weak.md
 python eval.py table $strong --claims $here/claims_strong.txt --out $here/table_strong.md
-python eval.py table out/{maths,rewarm}_replay0_seed? --claims $here/claims_shift.txt --out $here/table_shift.md
-python eval.py plot $weak --plane docs maths --out $here/plane_weak.png
-python eval.py plot $strong --plane docs code --out $here/plane_strong.png
-python eval.py plot out/maths_replay{0,1,5,50}_seed? --out $here/forgetting_weak.png
-python eval.py plot out/rewarm_replay{0,1,5,50}_seed? --out $here/forgetting_strong.png
+python eval.py table $(each out/{maths,rewarm}_replay0) --claims $here/claims_shift.txt --out $here/table_shift.md
+python eval.py plot $(each out/maths_replay{0,1,5,10,50} out/{maths_constant,union_docs_maths}) --plane docs maths --out $here/plane_weak.png
+python eval.py plot $(each out/rewarm_replay{0,1,5,10,25,50} out/{constant_replay0,union_docs_code}) --plane docs code --out $here/plane_strong.png
+python eval.py plot $(each out/maths_replay{0,1,5,50}) --out $here/forgetting_weak.png
+python eval.py plot $(each out/rewarm_replay{0,1,5,50}) --out $here/forgetting_strong.png

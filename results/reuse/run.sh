@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Reuse, don't retrain (Parmar et al. 2024): when the few valuable data come (Table 4), where the rate ends (Table 8),
 # where the data switch (Table 9), with and without re-warming. Loss on held-out `examples` stands for the paper's mean of
-# four benchmarks. Three seeds; about 25 minutes on 2 CPU cores after first_curve.
+# four benchmarks. Seed 1; about 8 minutes on 2 CPU cores after first_curve.
+SEEDS=${SEEDS:-1}
 . "$(dirname "$0")/../common.sh"
 here=results/reuse
 rewarm='--learning_rate=3e-3 --min_lr=3e-5 --warmup=0.01'
@@ -25,11 +26,10 @@ for s in $SEEDS; do
 done
 wait
 
-order=$(echo out/reuse_{general,qa_throughout,qa_late}{,_rewarmed}_seed? out/reuse_qa_{spread,first}_seed?)
-ends=$(echo out/reuse_{end_tenth,qa_late,end_zero}_seed?)
-switch=$(echo out/reuse_{qa_throughout,switch_1_2,qa_late,switch_1_10,switch_1_50}_seed?)
+order=$(each out/reuse_{general,qa_throughout,qa_late}{,_rewarmed} out/reuse_qa_{spread,first})
+ends=$(each out/reuse_{end_tenth,qa_late,end_zero})
+switch=$(each out/reuse_{qa_throughout,switch_1_2,qa_late,switch_1_10,switch_1_50})
 python eval.py table $order --claims $here/claims_order.txt --out $here/table_order.md
 python eval.py table $ends --claims $here/claims_ends.txt --out $here/table_ends.md
 python eval.py table $switch --claims $here/claims_switch.txt --out $here/table_switch.md
-python eval.py plot $order --plane docs examples --out $here/plane.png
-python eval.py plot out/reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}_seed? --out $here/curves.png
+python eval.py plot $(each out/reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}) --out $here/curves.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Re-warming on the same data: what of the loss is the learning rate's doing (Gupta et al. 2023, Figs. 5 and 6; Ibrahim
-# et al. 2024, Fig. 8). Three seeds; about 9 minutes on 2 CPU cores after peaks.
+# et al. 2024, Fig. 8). Three seeds; about 8 minutes on 2 CPU cores after peaks.
 . "$(dirname "$0")/../common.sh"
 here=results/same_data
 
@@ -15,7 +15,7 @@ for s in $SEEDS; do
 done
 wait
 
-same=$(echo out/{docs_peak1.5e-3,docs_peak3e-3,docs_peak6e-3,docs_constant}_seed?)
-new=$(echo out/{maths_replay0,maths_replay0_peak6e-3}_seed?)
+same=$(each out/{docs_peak1.5e-3,docs_peak3e-3,docs_peak6e-3,docs_constant})
+new=$(each out/{maths_replay0,maths_replay0_peak6e-3})
 python eval.py table $same $new --claims $here/claims.txt --out $here/table.md
 python eval.py plot $same --out $here/curves.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How long to warm up: 0, 0.5, 1 and 2% of the stage (Gupta et al. 2023, Fig. 1; Ibrahim et al. 2024, Fig. 3).
-# Seed 1; about 5 minutes on 2 CPU cores after first_curve.
+# Seed 1; about 3 minutes on 2 CPU cores after first_curve.
 SEEDS=${SEEDS:-1}
 . "$(dirname "$0")/../common.sh"
 here=results/warmup
@@ -14,6 +14,6 @@ for s in $SEEDS; do
 done
 wait
 
-runs=$(for s in $SEEDS; do echo out/{rewarm_warmup0,rewarm_warmup0.5,rewarm_replay0,rewarm_warmup2}_seed$s; done)
+runs=$(each out/{rewarm_warmup0,rewarm_warmup0.5,rewarm_replay0,rewarm_warmup2})
 python eval.py table $runs --claims $here/claims.txt --out $here/table.md
 python eval.py plot $runs --out $here/forgetting.png

@@ -1,0 +1,30 @@
+"""Pre-train a large model on 8 trillion tokens: what the recipe of Parmar et al. 2024 starts from.
+
+    torchrun --nproc_per_node=8 train.py config/pretrain_general.py
+
+Theirs is a Nemotron-4 of 15B parameters (grouped-query attention, squared ReLU, 256k tokens), and no GPT-NeoX: Pythia's
+12B stands in for it, so data, batch and rates are the paper's and the model is not. 6e23 FLOPs and, with gradients and
+moments, 190 GB on every device. Weights of a model of your own to start from: config/reuse_general_qa.py --init_from.
+"""
+out_dir = 'out/pretrain_general'
+
+model = '12b'
+block_size = 4096
+vocab_size = 50688                  # Pythia-12B
+
+train_data = {'web': 46.4, 'books': 3.2, 'news': 4.7, 'papers': 3.4, 'encyclopedia': 1.6, 'legal': 0.9,
+              'finance': 1.1, 'misc': 8.9, 'multilingual': 15, 'code': 15}     # Fig. 1, Pretraining, read off to 0.5
+val_data = ['web', 'papers', 'encyclopedia', 'multilingual', 'code']
+
+batch_size = 1152                   # x 4096 = 4,718,592 tokens; their ramp from 384 over the first 5% is left out
+micro_batch_size = 4
+max_steps = 8 * 10**12 // (1152 * 4096)
+schedule = 'cosine'
+learning_rate = 4.5e-4
+min_lr = 4.5e-5
+warmup = 16 * 10**9 // (1152 * 4096)        # 16B tokens
+
+eval_every = 2000
+eval_windows = 4608
+save_every = 2000
+compile = True
