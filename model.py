@@ -120,7 +120,14 @@ PYTHIA = {
 
 Fused = namedtuple('Fused', 'norm attention loss')      # True: by Triton kernels; False: by PyTorch
 PYTORCH = Fused(False, False, False)
-said = set()                                            # what pick_kernels has printed
+said = set()
+
+
+def say(line):
+    """Print a line the first time that it is said, from rank 0."""
+    if line not in said and os.environ.get('RANK', '0') == '0':
+        print(line, flush=True)
+    said.add(line)
 
 
 def pick_kernels(wanted, device, dtype, hidden_size, head_size):
@@ -143,11 +150,8 @@ def pick_kernels(wanted, device, dtype, hidden_size, head_size):
             dtype not in (torch.float32, torch.float16, torch.bfloat16)}.items() if holds), '')
     reasons = Fused(norm=reason or f'width {hidden_size} is above 8192' * (hidden_size > 8192),
                     attention=reason or f'head size {head_size} is above 256' * (head_size > 256), loss=reason)
-    line = 'kernels: ' + ', '.join(f'{name} by PyTorch ({reason})' if reason else f'{name} by Triton'
-                                   for name, reason in reasons._asdict().items())
-    if line not in said and os.environ.get('RANK', '0') == '0':
-        print(line, flush=True)
-    said.add(line)
+    say('kernels: ' + ', '.join(f'{name} by PyTorch ({reason})' if reason else f'{name} by Triton'
+                                for name, reason in reasons._asdict().items()))
     return Fused(*(not reason for reason in reasons))
 
 
@@ -642,6 +646,8 @@ def head_loss(x, head, targets, reduction='mean', fused=PYTORCH):
         x = x.to(compute_dtype(x)).flatten(0, 1)                    # (N, C)
         loss = HeadLoss.apply(x, head.weight, targets.flatten(), torch.is_grad_enabled(), reduction)
         return loss.view_as(targets) if reduction == 'none' else loss
+    if fused.loss:                              # HeadLoss takes the gradient before it knows how tokens are weighted
+        say("kernels: loss by PyTorch, where reduction = 'none' and gradients are wanted")
     return cross_entropy(head(x), targets, reduction)
 
 

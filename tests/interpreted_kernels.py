@@ -317,7 +317,8 @@ def test_operators_change_what_they_say_and_nothing_else():
         torch.library.opcheck(operator, args)
 
 
-def test_evaluation_and_generation():
+def test_evaluation_and_generation(capsys, monkeypatch):
+    monkeypatch.setattr(model, 'said', set())
     net = random_model(num_hidden_layers=1)
     idx, targets = tokens(net), tokens(net)
     results = []
@@ -327,6 +328,7 @@ def test_evaluation_and_generation():
         with pytest.MonkeyPatch.context() as patch:     # with gradients wanted, the loss per token is PyTorch's
             patch.setattr(HeadLoss, 'apply', None)
             assert net(idx, targets, reduction='none')[1].requires_grad
+    assert capsys.readouterr().out.count("loss by PyTorch, where reduction = 'none'") == 1
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
