@@ -62,7 +62,7 @@ def test_a_config_says_what_it_is_and_how_to_run_it(name):
     processes = re.search(r'--nproc_per_node=(\d+)', command)
     this = plan(f'config/{name}.py')
     train.check(this.cfg, this.origin, int(processes[1]) if processes else 1)
-    assert (processes is not None) == (name in TRUE_SCALE)
+    assert (processes is not None) == (name in TRUE_SCALE and not name.endswith('_1gpu'))
     assert this.cfg.out_dir == f'out/{name}'
 
 
@@ -280,7 +280,7 @@ def two_steps(toys, monkeypatch):
 def test_two_steps(name, two_steps):
     this, start, seen = plan(f'config/{name}.py'), [], []
     if this.cfg.init_from:                                      # a toy of its upstream; of the Pile's run, for Pythia
-        upstream = re.fullmatch(r'config/(\w+)\.py|weights/pythia-410m', this.cfg.init_from)[1] or 'pretrain_pile'
+        upstream = re.fullmatch(r'config/(\w+)\.py|weights/pythia-[\w-]+', this.cfg.init_from)[1] or 'pretrain_pile'
         start, seen = [f'--init_from={two_steps(upstream)}'], sorted(plan(f'config/{upstream}.py').mixture.sources)
     out = two_steps(name, *start)
     # The size is a toy's; steps, rates, mixtures and where they switch are the paper's.
