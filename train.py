@@ -374,9 +374,16 @@ def is_finished(cfg):
 
 
 def model_config(cfg, origin, parent, vocab_size):
-    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'."""
+    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'.
+
+    init_from may name the other GELU, which no weight depends on: released Pythia configs say erf, gpt-neox trained
+    them with tanh (its bias_gelu_fusion).
+    """
     if parent:
         shape = GPTNeoXConfig(**parent['model'])
+        if cfg.init_from and origin['hidden_act'] != 'default' and cfg.hidden_act != shape.hidden_act:
+            say(f'hidden_act: {shape.hidden_act!r} in {cfg.init_from}, {cfg.hidden_act!r} from here on')
+            shape = dataclasses.replace(shape, hidden_act=cfg.hidden_act)
         wanted = {key: getattr(cfg, key) for key in SHAPE if origin[key] != 'default'}
         wanted |= {key: getattr(GPTNeoXConfig.pythia(cfg.model), key) for key in SHAPE[:3]} if cfg.model else {}
         differ = [f'{key}: {getattr(shape, key)!r} there, {value!r} in the config' for key, value in wanted.items()
@@ -489,6 +496,17 @@ def describe_data(mixture, phases, total, rows):
         lines.append(line)
     return '\n'.join(lines + [f'starts at step {start // rows:,}: ' + ', '.join(
         f'{name} {float(Fraction(w)):.4g}' for name, w in weights.items()) for start, weights in phases[1:]])
+
+
+def against_chance(val, vocab_size):
+    """What the losses of loaded weights, before the first step, say of the loading itself."""
+    losses, chance = {name: row['loss'] for name, row in val.items()}, math.log(vocab_size)
+    text = (f'the loaded weights, before the first step: {", ".join(f"{name} {x:.2f}" for name, x in losses.items())} '
+            f'nats per token (chance, ln {vocab_size}: {chance:.2f})')
+    if any(x < chance - 1 for x in losses.values()):    # a new language may lie there, the old data do not
+        return text
+    return (f'{text}\nWARNING: on no validation set are they a nat better than chance. Were the data prepared with the '
+            "weights' own tokenizer? Are the weights whole? Is old data in val_data?")
 
 
 # -----------------------------------------------------------------------------
@@ -731,6 +749,8 @@ def train(cfg, origin, process, state):
             if val is not None and rank == 0:
                 record.write('eval', step=step, tokens=step * tokens_per_step, lr=lr(step), val=val)
                 bar.write(f'step {step:,}: ' + '  '.join(f'{name} {row["loss"]:.4f}' for name, row in val.items()))
+                if mode == 'init_from' and step == first_step and val:
+                    bar.write(against_chance(val, shape.vocab_size))
         if step == cfg.max_steps or stop:
             break
 
