@@ -719,8 +719,7 @@ def train(cfg, origin, process, state):
     accumulation = rows // world // micro
     model, forward, optimizer, scaler = build_model(cfg, shape, parent, mode, process, device, dtype)
     autocast = torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    tokenizers = {data.tokenizer_hash(name): name for name in data.TOKENIZERS}
-    tokenizer = next((tokenizers.get(shard.tokenizer) for shard in shards if shard.tokenizer), None)
+    tokenizer = next(filter(None, map(data.tokenizer_name, shards)), None)
     tokens_per_step, flops = rows * cfg.block_size, model.flops_per_token()
     gpu = torch.cuda.get_device_name() if device == 'cuda' else ''
     peak = next((f for name, f in PEAK_FLOPS.items() if name in gpu), None)
