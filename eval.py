@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
 import json
 import math
 import pickle
@@ -105,10 +104,7 @@ def load_run(run):
 
 
 def find_tokenizer(run, state, spec):
-    """(Tokenizer, {name: Path} of its files if any): what `spec` (--tokenizer) names, else what the run was trained on.
-
-    train.py keeps the files in the run's folder.
-    """
+    """(Tokenizer, {name: Path} of its files): what `spec` (--tokenizer) names, else the run's own, from its folder."""
     name, where = state['tokenizer'], str(spec or (run if Path(run).is_dir() else Path(run).parent))
     try:
         tokenizer, files = data.get_tokenizer(where), data.tokenizer_files(where)
@@ -475,9 +471,8 @@ def report(folder):
 # -----------------------------------------------------------------------------
 # Benchmarks, by EleutherAI's lm-evaluation-harness (pip install lm-eval)
 
-# {list: {number of examples before the question: tasks}}. Ibrahim et al. 2024: English, averaged in Table 3; German
-# translations. Of the four of Parmar et al. 2024, MMLU and HellaSwag are here; mgsm and humaneval (which runs what the
-# model writes) are not.
+# {list: {examples before a question: tasks}}, as Ibrahim et al. 2024, in English and in German translation. Parmar et
+# al. 2024 took MMLU, HellaSwag, MGSM and HumanEval; the last runs what a model writes, which lm-eval does on request.
 PAPERS = {'papers': {0: ['hellaswag', 'arc_challenge', 'arc_easy', 'boolq', 'mathqa', 'openbookqa', 'piqa',
                          'winogrande', 'truthfulqa_mc1', 'truthfulqa_mc2'], 5: ['mmlu', 'nq_open', 'triviaqa']},
           'papers-german': {0: ['hellaswag_de', 'arc_de', 'truthfulqa_de_mc1', 'truthfulqa_de_mc2'], 5: ['m_mmlu_de']}}
@@ -517,10 +512,13 @@ def score(model, requests, batch, autocast):
 
 
 @torch.no_grad()
-def complete(model, tokenizer, contexts, n, until, autocast, **sampling):
-    """The texts of up to n tokens that follow contexts (B, T), generated until each holds a string of `until`."""
+def complete(model, tokenizer, contexts, settings, autocast):
+    """The texts that follow contexts (B, T), up to end-of-text or a stop of lm-eval's settings."""
+    until = [*filter(None, settings['until']), tokenizer.decode([tokenizer.eot])]
+    sampling = {'temperature': settings.get('temperature', 1.0) if settings['do_sample'] else 0.0,
+                'top_k': settings.get('top_k') or None, 'top_p': settings.get('top_p')}
     cache, fed, rows = model.new_cache(), torch.tensor(contexts, device=model.cos.device), [[] for _ in contexts]
-    for _ in range(n):
+    for _ in range(settings['max_gen_toks']):
         with autocast:
             logits, _ = model(fed, cache=cache)
         fed = sample_token(logits[:, -1], **sampling)                                       # (B, 1)
@@ -529,13 +527,15 @@ def complete(model, tokenizer, contexts, n, until, autocast, **sampling):
         texts = [tokenizer.decode(row) for row in rows]
         if all(any(stop in text for stop in until) for text in texts):
             break
+    for stop in until:
+        texts = [text.split(stop)[0] for text in texts]
     return texts
 
 
 def harness_model(model, tokenizer, batch, autocast):
     """The model as one of lm-eval's, which asks in texts. It answers as lm-eval's own `hf` model, to rounding."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     block = model.config.max_position_embeddings
 
@@ -546,36 +546,31 @@ def harness_model(model, tokenizer, batch, autocast):
             return tokenizer.encode(string).tolist()
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            # lm-eval moves spaces at the end of a context to the continuation, and may leave nothing
+            # lm-eval moves spaces at the end of a context to the continuation, and may leave nothing.
             return score(model, [(before or [tokenizer.eot], after) for _, before, after in requests], batch, autocast)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             windows, totals = [], [0.0] * len(requests)
-            for i, (text,) in enumerate(request.args for request in requests):
-                parts = get_rolling_token_windows(self.tok_encode(text), tokenizer.eot, block, 1)
+            for i, request in enumerate(requests):
+                parts = get_rolling_token_windows(self.tok_encode(*request.args), tokenizer.eot, block, 1)
                 windows += [(i, make_disjoint_window(part)) for part in parts]
             for (i, _), (logp, _) in zip(windows, score(model, [w for _, w in windows], batch, autocast)):
                 totals[i] += logp
             return totals
 
         def generate_until(self, requests, disable_tqdm=False):
-            alike, texts = {}, [None] * len(requests)   # of one length, so that none is padded, and one setting
-            for i, (context, given) in enumerate(request.args for request in requests):
-                if (room := block - (given := normalize_gen_kwargs(given))['max_gen_toks']) < 1:
-                    raise EvalError(f'{given["max_gen_toks"]} tokens are to be generated, which leaves no room for a '
-                                    f'context in the block size {block}')
+            alike, texts = {}, {}                       # alike: of one length, so that none is padded, and one setting
+            for i, (context, settings) in enumerate(request.args for request in requests):
+                settings = normalize_gen_kwargs(settings)
+                if (room := block - (n := settings['max_gen_toks'])) < 1:
+                    raise EvalError(f'{n} tokens are to be generated: no room for a context in the block size {block}')
                 ids = self.tok_encode(context)[-room:] or [tokenizer.eot]
-                alike.setdefault((len(ids), str(given)), []).append((i, ids, given))
+                alike.setdefault((len(ids), str(settings)), []).append((i, ids, settings))
             groups = [group[k:k + batch] for group in alike.values() for k in range(0, len(group), batch)]
             for group in tqdm(groups, desc='generating', unit='batch', disable=None):
-                owners, contexts, (given, *_) = zip(*group)
-                until = handle_stop_sequences(given['until'], tokenizer.decode([tokenizer.eot]))
-                sampling = {'temperature': given.get('temperature', 1.0) if given['do_sample'] else 0.0,
-                            'top_k': given.get('top_k') or None, 'top_p': given.get('top_p')}
-                found = complete(model, tokenizer, contexts, given['max_gen_toks'], until, autocast, **sampling)
-                for i, text in zip(owners, found):
-                    texts[i] = postprocess_generated_text(text, until, None)
-            return texts
+                owners, contexts, (settings, *_) = zip(*group)
+                texts |= zip(owners, complete(model, tokenizer, contexts, settings, autocast))
+            return [texts[i] for i in range(len(requests))]
 
     return Adapter()
 
@@ -587,9 +582,8 @@ def find_tasks(names, include_path):
     if not set(names) <= set(manager.all_tasks):        # its own are 14,000, and take seconds to list
         manager = TaskManager(include_path=include_path)
     for name in (name for name in names if name not in manager.all_tasks):
-        near = difflib.get_close_matches(name, [*PAPERS, *manager.all_tasks], 3)
-        raise EvalError(f'--tasks {name}: lm-eval knows no such task{"; near it: " * bool(near)}{", ".join(near)}. '
-                        'For your own: --include_path FOLDER with a .yaml')
+        near = ', '.join(difflib.get_close_matches(name, [*PAPERS, *manager.all_tasks], 3)) or 'nothing'
+        raise EvalError(f'--tasks {name}: unknown to lm-eval; near it: {near}. One of your own: --include_path FOLDER')
     return manager
 
 
@@ -677,9 +671,9 @@ def bench_command(args):
         results |= {key: results.get(key, {}) | x if isinstance(x, dict) else x for key, x in part.items()}  # by task
     print(*(make_table(results, column) for column in ('results', 'groups') if results.get(column)), sep='\n')
     if args.out:
-        made_by = {**vars(args), 'command': ' '.join(sys.argv), 'step': state['step'], 'tokenizer': tokenizer.name,
-                   **{name: importlib.metadata.version(name) for name in ('torch', 'lm_eval', 'datasets')}}
-        text = json.dumps({'made_by': made_by, **results}, indent=1, default=handle_non_serializable)
+        made_by = {'command': ' '.join(sys.argv), 'step': state['step'], 'tokenizer': tokenizer.name}
+        results['run'] = vars(args) | made_by
+        text = json.dumps(results, indent=1, default=handle_non_serializable)       # with the versions of all packages
         Path(args.out).write_text(text + '\n')
 
 
@@ -746,7 +740,7 @@ def main(argv):
             p.add_argument('--seed', type=int, default=1337)
         elif name == 'bench':
             p.add_argument('--tasks', nargs='+', required=True, help=f"lm-eval's names, or {' or '.join(PAPERS)}")
-            p.add_argument('--num_fewshot', type=int, help='examples before a question (default: as task or paper say)')
+            p.add_argument('--num_fewshot', type=int, help='examples before a question (default: as task or paper)')
             p.add_argument('--limit', type=int, help='questions of each task (default: all)')
             p.add_argument('--include_path', metavar='FOLDER', help='tasks of your own, .yaml')
             p.add_argument('--batch_size', type=int, default=16)

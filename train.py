@@ -644,17 +644,18 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     return model, forward, optimizer, scaler
 
 
-def keep_tokenizer(cfg, shards):
+def keep_tokenizer(cfg, tokenizer, shards):
     """Copy the tokenizer's files into out_dir, where eval.py looks: from beside the shards, or from the parent."""
     folders = [Path(shard.path).parent for shard in shards]
     if name := parent_name(cfg):
         path = Path(upstream(cfg)[0].out_dir if name.endswith('.py') else name)
         folders += [path if path.is_dir() else path.parent]
-    for folder in dict.fromkeys(folders):
+    for folder in map(str, dict.fromkeys(folders)):
         with contextlib.suppress(data.DataError):       # most folders hold none
-            for file, path in data.tokenizer_files(str(folder)).items():
-                shutil.copyfile(path, Path(cfg.out_dir, file))
-            return
+            if tokenizer in (None, data.get_tokenizer(folder).name):
+                for file, path in data.tokenizer_files(folder).items():
+                    shutil.copyfile(path, Path(cfg.out_dir, file))
+                return
 
 
 def announce(cfg, origin, derived, lr, mixture):
@@ -740,7 +741,7 @@ def train(cfg, origin, process, state):
         if mode != 'resume':                            # what overwrite gives up, now that all else is known to be well
             for path in [*checkpoints(cfg.out_dir).values(), *Path(cfg.out_dir).glob('*.corrupt')]:
                 path.unlink()
-        keep_tokenizer(cfg, shards)
+        keep_tokenizer(cfg, tokenizer, shards)
         announce(cfg, origin, derived, lr, mixture)
         record = Record(cfg, first_step if mode == 'resume' else 0)
     bar = tqdm(total=cfg.max_steps, initial=first_step, desc=Path(cfg.out_dir).name, unit='step', mininterval=0.5,

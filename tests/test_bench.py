@@ -94,7 +94,7 @@ def test_a_context_of_spaces(both):
 def test_the_likeliest_continuation_is_known_as_such(both):
     """Answers that begin as the model itself would; those of one token, as the choices A to D, share one input."""
     ours, theirs = both
-    own = [ask(ours, 'generate_until', [(word, {'until': [], 'max_gen_toks': n}) for word in WORDS[:12]]) for n in (1, 2)]
+    own = [ask(ours, 'generate_until', [(word, {'max_gen_toks': n}) for word in WORDS[:12]]) for n in (1, 2)]
     pairs = [(word, text) for word, a, b in zip(WORDS, *own) for text in (a, b, a + ' b', a + '7', 'a', ' b') if text]
     found = ask(ours, 'loglikelihood', pairs)
     assert_alike(found, ask(theirs, 'loglikelihood', pairs))
@@ -159,7 +159,8 @@ def tasks(tmp_path, monkeypatch):
              'metric_list: [{metric: bits_per_byte}]\n')):
         Path(f'mine/{name}.yaml').write_text(
             f'task: {name}\ndataset_path: json\noutput_type: {kind}\n{rest}metadata: {{version: 1}}\n'
-            f'dataset_kwargs: {{data_files: {{validation: {tmp_path}/mine/{name}.jsonl}}}}\nvalidation_split: validation\n')
+            f'dataset_kwargs: {{data_files: {{validation: {tmp_path}/mine/{name}.jsonl}}}}\n'
+            'validation_split: validation\n')
     return 'mine'
 
 
@@ -184,7 +185,8 @@ def test_tasks_of_ones_own(both, bpe, tasks, tmp_path, capsys):
         assert numbers and {key: found['results'][task][key] for key in numbers} == pytest.approx(numbers, abs=1e-5)
     out = capsys.readouterr().out
     assert '|quiz' in out and 'bits_per_byte' in out
-    assert found['made_by']['lm_eval'] and found['made_by']['tokenizer'] == data.get_tokenizer(str(bpe)).name
+    assert found['lm_eval_version'] and 'PyTorch version' in found['pretty_env_info']
+    assert found['run']['step'] == 7 and found['run']['tokenizer'] == data.get_tokenizer(str(bpe)).name
     assert found['n-shot'] == {'quiz': 0, 'prose': 0}
     found = bench(run, '--tasks', 'quiz', '--tokenizer', str(bpe), '--limit', '3', '--num_fewshot', '2',
                   '--dtype', 'bf16')

@@ -75,9 +75,9 @@ def test_every_pythia_size_on_the_meta_device(size, tmp_path, monkeypatch, trans
     p = PYTHIA[size]
     raw = {'architectures': ['GPTNeoXForCausalLM'], 'bos_token_id': 0, 'eos_token_id': 0, 'hidden_act': 'gelu',
            'hidden_size': p.width, 'initializer_range': 0.02, 'intermediate_size': 4 * p.width,
-           'layer_norm_eps': 1e-05, 'max_position_embeddings': 2048, 'model_type': 'gpt_neox', 'num_attention_heads': p.heads,
-           'num_hidden_layers': p.layers, 'rotary_emb_base': 10000, 'rotary_pct': 0.25, 'tie_word_embeddings': False,
-           'torch_dtype': 'float16', 'use_cache': True, 'use_parallel_residual': True, 'vocab_size': p.vocab}
+           'layer_norm_eps': 1e-05, 'max_position_embeddings': 2048, 'model_type': 'gpt_neox',
+           'num_attention_heads': p.heads, 'num_hidden_layers': p.layers, 'rotary_emb_base': 10000,
+           'rotary_pct': 0.25, 'tie_word_embeddings': False, 'torch_dtype': 'float16', 'use_cache': True, 'use_parallel_residual': True, 'vocab_size': p.vocab}
     (tmp_path / 'config.json').write_text(json.dumps(raw))
     with torch.device('meta'):
         theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig.from_pretrained(tmp_path))
@@ -255,6 +255,29 @@ def test_a_run_takes_its_tokenizer_along(tokenized, bpe, says, transformers):
     says(eval, 'export', 'exported', 'again')                       # of a directory, what is in it
     for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
         assert Path('again', name).read_bytes() == Path('exported', name).read_bytes()
+
+
+def test_the_parents_tokenizer(start, bpe, says):
+    """A run on shards that name no tokenizer takes its parent's along; a run of bytes does not."""
+    save_hf(random_model(), 'hf')
+    shutil.copy(bpe / 'tokenizer.json', 'hf')
+    Path('hf/special_tokens_map.json').write_text('{}')
+    Path('data/x').mkdir(parents=True)
+    for split in ('train', 'val'):
+        data.write_shard(f'data/x/{split}.bin', range(300), vocab_size=384)
+    knobs = dict(train_data={'x': 1.0}, val_data=['x'], data_dir='data')
+    says(train, start('a', **knobs))
+    says(train, start('b', init_from='out/a/ckpt_00000002.pt', **knobs))
+    says(train, start('c', init_from='a.py', **knobs))
+    for run in ('a', 'b', 'c'):
+        assert Path('out', run, 'tokenizer.json').read_bytes() == (bpe / 'tokenizer.json').read_bytes()
+        assert Path('out', run, 'special_tokens_map.json').read_text() == '{}'
+        argv = ['sample', f'out/{run}', '--tokens', '3', '--prompt', 'abc', '--device', 'cpu']
+        assert says(eval, *argv).startswith('abc')
+    says(train, start('bytes'))
+    assert not Path('out/bytes/tokenizer.json').exists()
+    shutil.copy(bpe / 'tokenizer.json', 'out/bytes')                # nor would it be believed
+    assert 'no tokenizer.json' in says(eval, 'export', 'out/bytes', 'exported')
 
 
 def test_a_tokenizer_by_name(tokenized, bpe, says, fails):
