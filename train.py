@@ -503,10 +503,10 @@ def against_chance(val, vocab_size):
     losses, chance = {name: row['loss'] for name, row in val.items()}, math.log(vocab_size)
     text = (f'the loaded weights, before the first step: {", ".join(f"{name} {x:.2f}" for name, x in losses.items())} '
             f'nats per token (chance, ln {vocab_size}: {chance:.2f})')
-    if any(x < chance - 1 for x in losses.values()):    # a new language may lie there, the old data do not
-        return text
-    return (f'{text}\nWARNING: on no validation set are they a nat better than chance. Were the data prepared with the '
-            "weights' own tokenizer? Are the weights whole? Is old data in val_data?")
+    if not any(x < chance - 1 for x in losses.values()):        # data in a new language may lie there; old data do not
+        text += ('\nWARNING: on no validation set are they a nat better than chance. Are the data prepared with their '
+                 'tokenizer? Are the files whole? Is what they were trained on in val_data?')
+    return text
 
 
 # -----------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def test_every_pythia_size_on_the_meta_device(size, tmp_path, monkeypatch, trans
            'hidden_size': p.width, 'initializer_range': 0.02, 'intermediate_size': 4 * p.width,
            'layer_norm_eps': 1e-05, 'max_position_embeddings': 2048, 'model_type': 'gpt_neox',
            'num_attention_heads': p.heads, 'num_hidden_layers': p.layers, 'rotary_emb_base': 10000,
-           'rotary_pct': 0.25, 'tie_word_embeddings': False, 'torch_dtype': 'float16', 'use_cache': True, 'use_parallel_residual': True, 'vocab_size': p.vocab}
+           'rotary_pct': 0.25, 'tie_word_embeddings': False, 'torch_dtype': 'float16', 'use_cache': True,
+           'use_parallel_residual': True, 'vocab_size': p.vocab}
     (tmp_path / 'config.json').write_text(json.dumps(raw))
     with torch.device('meta'):
         theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig.from_pretrained(tmp_path))
