@@ -532,7 +532,7 @@ def read_tensor_file(file):
 def save_hf(model, path, eot=0, beside=None):
     """Write config.json and model.safetensors into the new or empty directory `path` (transformers 4 and 5).
 
-    In the type of the model's parameters. eot: id of end-of-text; beside: {name: bytes} of further files, a tokenizer's.
+    In the type of the model's parameters. eot: id of end-of-text; beside: {name: bytes} of a tokenizer's files.
     All or nothing: written into a temporary directory beside it, then renamed.
     """
     path = Path(path)
