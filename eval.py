@@ -105,7 +105,8 @@ def load_run(run):
 
 def find_tokenizer(run, state, spec):
     """(Tokenizer, {name: Path} of its files): what `spec` (--tokenizer) names, else the run's own, from its folder."""
-    name, where = state['tokenizer'], str(spec or (run if Path(run).is_dir() else Path(run).parent))
+    folder = Path(run).resolve()                        # absolute: no folder is mistaken for 'gpt2'
+    name, where = state['tokenizer'], str(spec or (folder if folder.is_dir() else folder.parent))
     try:
         tokenizer, files = data.get_tokenizer(where), data.tokenizer_files(where)
     except data.DataError:

@@ -650,7 +650,7 @@ def keep_tokenizer(cfg, tokenizer, shards):
     if name := parent_name(cfg):
         path = Path(upstream(cfg)[0].out_dir if name.endswith('.py') else name)
         folders += [path if path.is_dir() else path.parent]
-    for folder in map(str, dict.fromkeys(folders)):
+    for folder in map(os.path.abspath, dict.fromkeys(folders)):        # absolute: no folder is mistaken for 'gpt2'
         with contextlib.suppress(data.DataError):       # most folders hold none
             if tokenizer in (None, data.get_tokenizer(folder).name):
                 for file, path in data.tokenizer_files(folder).items():
