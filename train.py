@@ -71,7 +71,7 @@ class Config:
     train_data: dict = field(default_factory=dict)    # new data {source: weight}
     replay_data: dict = field(default_factory=dict)   # old data {source: weight}
     replay: float = 0.0                 # share of the samples from replay_data; total tokens stay (Ibrahim et al. 2024)
-    replay_order: str = 'first-seen'    # as the first run saw them, or 'reshuffled'
+    replay_order: str = 'first-seen'    # as the first run saw them, 'reshuffled', or 'stored': as they are in the files
     switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; with 'lr': 0.2 for 'step',
                                         # when the rate has fallen to a fifth of its peak (Parmar et al. 2024)
     max_epochs: dict = field(default_factory=dict)    # {source: epochs}; read so often, its share goes to the others
@@ -212,7 +212,7 @@ def check(cfg, origin, world):
                     'save_every')}
     problems = [f'{key} = {getattr(cfg, key)}: expected at least {low}'
                 for low, keys in at_least.items() for key in keys if not getattr(cfg, key) >= low]
-    choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled'), nonfinite=('stop', 'skip'),
+    choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled', 'stored'), nonfinite=('stop', 'skip'),
                    device=('auto', 'cuda', 'mps', 'cpu'), dtype=('auto', 'bf16', 'fp16', 'fp32'),
                    kernels=('auto', 'triton', 'torch'))
     problems += [f'{key} = {getattr(cfg, key)!r}: expected one of {", ".join(map(repr, allowed))}'
@@ -376,9 +376,16 @@ def is_finished(cfg):
 
 
 def model_config(cfg, origin, parent, vocab_size):
-    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'."""
+    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'.
+
+    init_from may name the other GELU, which no weight depends on: released Pythia configs say erf, gpt-neox trained
+    them with tanh (its bias_gelu_fusion).
+    """
     if parent:
         shape = GPTNeoXConfig(**parent['model'])
+        if cfg.init_from and origin['hidden_act'] != 'default' and cfg.hidden_act != shape.hidden_act:
+            say(f'hidden_act: {shape.hidden_act!r} in {cfg.init_from}, {cfg.hidden_act!r} from here on')
+            shape = dataclasses.replace(shape, hidden_act=cfg.hidden_act)
         wanted = {key: getattr(cfg, key) for key in SHAPE if origin[key] != 'default'}
         wanted |= {key: getattr(GPTNeoXConfig.pythia(cfg.model), key) for key in SHAPE[:3]} if cfg.model else {}
         differ = [f'{key}: {getattr(shape, key)!r} there, {value!r} in the config' for key, value in wanted.items()
@@ -445,9 +452,9 @@ def open_data(cfg, parent, mode, process):
     from_rank_0(None)                                   # the others wait for the files
     # The order in which an earlier stage saw a source depends on the seed it had then: take that along.
     keys = (parent or {}).get('keys', {})
-    if cfg.replay_order == 'reshuffled':
-        keys = {name: key for name, key in keys.items() if name not in cfg.replay_data}
-        keys |= {name: f'{cfg.seed}/reshuffled' for name in cfg.replay_data}
+    if cfg.replay_order != 'first-seen':
+        key = 'stored' if cfg.replay_order == 'stored' else f'{cfg.seed}/reshuffled'
+        keys = keys | {name: key for name in cfg.replay_data}
     train = {name: data.Source(name, data.find_shards(name, 'train', cfg.data_dir, cfg.paths), cfg.block_size,
                                key=keys.get(name, cfg.seed)) for name in sorted(names)}
     val = {name: data.Source(name, data.find_shards(name, 'val', cfg.data_dir, cfg.paths), cfg.block_size)
@@ -491,6 +498,17 @@ def describe_data(mixture, phases, total, rows):
         lines.append(line)
     return '\n'.join(lines + [f'starts at step {start // rows:,}: ' + ', '.join(
         f'{name} {float(Fraction(w)):.4g}' for name, w in weights.items()) for start, weights in phases[1:]])
+
+
+def against_chance(val, vocab_size):
+    """What the losses of loaded weights, before the first step, say of the loading itself."""
+    losses, chance = {name: row['loss'] for name, row in val.items()}, math.log(vocab_size)
+    text = (f'the loaded weights, before the first step: {", ".join(f"{name} {x:.2f}" for name, x in losses.items())} '
+            f'nats per token (chance, ln {vocab_size}: {chance:.2f})')
+    if not any(x < chance - 1 for x in losses.values()):        # data in a new language may lie there; old data do not
+        text += ('\nWARNING: on no validation set are they a nat better than chance. Are the data prepared with their '
+                 'tokenizer? Are the files whole? Is what they were trained on in val_data?')
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -629,6 +647,20 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     return model, forward, optimizer, scaler
 
 
+def keep_tokenizer(cfg, tokenizer, shards):
+    """Copy the tokenizer's files into out_dir, where eval.py looks: from beside the shards, or from the parent."""
+    folders = [Path(shard.path).parent for shard in shards]
+    if name := parent_name(cfg):
+        path = Path(upstream(cfg)[0].out_dir if name.endswith('.py') else name)
+        folders += [path if path.is_dir() else path.parent]
+    for folder in map(os.path.abspath, dict.fromkeys(folders)):        # absolute: no folder is mistaken for 'gpt2'
+        with contextlib.suppress(data.DataError):       # most folders hold none
+            if tokenizer in (None, data.get_tokenizer(folder).name):
+                for file, path in data.tokenizer_files(folder).items():
+                    shutil.copyfile(path, Path(cfg.out_dir, file))
+                return
+
+
 def announce(cfg, origin, derived, lr, mixture):
     """Print the run that is about to start and keep it in config.json."""
     given, (total, rows) = dataclasses.asdict(cfg), (cfg.max_steps * rows_per_step(cfg), rows_per_step(cfg))
@@ -667,8 +699,9 @@ def train(cfg, origin, process, state):
     sources, val_sets = open_data(cfg, parent, mode, process)
     shards = [shard for source in sources.values() for shard in source.shards]
     shape = model_config(cfg, origin, parent, max(shard.vocab_size or 50304 for shard in shards))
-    data.check_compatible({f'{name}/train': s for name, s in sources.items()} |
-                          {f'{name}/val': s for name, (s, _) in val_sets.items()}, shape.vocab_size)
+    notes = data.check_compatible({f'{name}/train': s for name, s in sources.items()} |
+                                  {f'{name}/val': s for name, (s, _) in val_sets.items()}, shape.vocab_size)
+    say(*notes)
     prints = data.fingerprint(sources)
     if mode == 'resume' and (changed := [name for name in prints if prints[name] != state['data'].get(name)]):
         raise TrainError(f'the data have changed since the checkpoint: source {changed[0]!r} was '
@@ -691,8 +724,7 @@ def train(cfg, origin, process, state):
     accumulation = rows // world // micro
     model, forward, optimizer, scaler = build_model(cfg, shape, parent, mode, process, device, dtype)
     autocast = torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    tokenizers = {data.tokenizer_hash(name): name for name in data.TOKENIZERS}
-    tokenizer = next((tokenizers.get(shard.tokenizer) for shard in shards if shard.tokenizer), None)
+    tokenizer = next(filter(None, map(data.tokenizer_name, shards)), None)
     tokens_per_step, flops = rows * cfg.block_size, model.flops_per_token()
     gpu = torch.cuda.get_device_name() if device == 'cuda' else ''
     peak = next((f for name, f in PEAK_FLOPS.items() if name in gpu), None)
@@ -713,6 +745,7 @@ def train(cfg, origin, process, state):
         if mode != 'resume':                            # what overwrite gives up, now that all else is known to be well
             for path in [*checkpoints(cfg.out_dir).values(), *Path(cfg.out_dir).glob('*.corrupt')]:
                 path.unlink()
+        keep_tokenizer(cfg, tokenizer, shards)
         announce(cfg, origin, derived, lr, mixture)
         record = Record(cfg, first_step if mode == 'resume' else 0)
     bar = tqdm(total=cfg.max_steps, initial=first_step, desc=Path(cfg.out_dir).name, unit='step', mininterval=0.5,
@@ -734,6 +767,8 @@ def train(cfg, origin, process, state):
             if val is not None and rank == 0:
                 record.write('eval', step=step, tokens=step * tokens_per_step, lr=lr(step), val=val)
                 bar.write(f'step {step:,}: ' + '  '.join(f'{name} {row["loss"]:.4f}' for name, row in val.items()))
+                if mode == 'init_from' and step == first_step and val:
+                    bar.write(against_chance(val, shape.vocab_size))
         if step == cfg.max_steps or stop:
             break
 
