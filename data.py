@@ -363,9 +363,9 @@ def open_shard(path):
     """A Shard, from a file's header and size alone; its tokens stay unread.
 
     Opens llm.c shards (ours too), headerless uint16 files as nanoGPT writes, and GPT-NeoX (Megatron) .bin
-    with an .idx beside it; also one piece X-00003-of-00020.bin of a big one, as Pythia's Pile comes, with X.idx beside:
-    the whole records in it, for those that a cut between pieces goes through are in none. DataError for anything
-    else, and for sizes that do not agree.
+    with an .idx beside it; also a piece X-00003-of-00020.bin of a big one, as Pythia's Pile comes, with X.idx beside:
+    the whole records in it. A record that the cut between two pieces goes through is in none. DataError for
+    anything else, and for sizes that do not agree.
     """
     path = str(path)
     try:
@@ -519,7 +519,8 @@ class Source:
 
     Windows start T tokens apart: neighbours share one token, and each token is a target at most once. Where a
     Megatron file's records all have T + 1 tokens (Pythia's pre-shuffled Pile), its records are the windows.
-    key: seed of the order, or 'stored': as in the files, each epoch. vocab_size: the model's; ids at or past it, or the shards' own, are errors.
+    key: seed of the order, or 'stored': the order of the files, in every epoch. vocab_size: the model's; ids at or past
+    it, or the shards' own, are errors.
     """
 
     def __init__(self, name, files, block_size, *, key=0, vocab_size=None):
@@ -614,8 +615,8 @@ def check_compatible(sources, vocab_size):
             without.append(label)
     if eot is None or not without:
         return []
-    return [f'NOTE: no end-of-text (id {eot}) found in {", ".join(without)}, but between the documents of other sources: '
-            'a token that a model never trained confounds a forgetting curve. See --eot in: python data.py prepare --help']
+    return [f'NOTE: no end-of-text (id {eot}) found in {", ".join(without)}, but other sources have it: a token that a '
+            'model never trained confounds a forgetting curve. See --eot in python data.py prepare --help']
 
 
 def fingerprint(sources):
@@ -1180,60 +1181,70 @@ def _in_order(pool, blocks, job, ahead):
 
 # Writing.
 
-def _fill(writer, journal, job, groups, source_of, save, *, kept_out, max_tokens, workers, strict):
-    """Append what the files hold to the writer, from the block on that the journal names; save() now and then.
-
-    groups: (share to hold out, files) in their order; 1 for official validation files. kept_out: hashes.
-    """
-    fields = [job['text_field'], job['by'], *(field for field, *_ in job['where'])]
-    columns = sorted({path.split('.')[0] for path in fields if path})
-    sizes = [sum(map(os.path.getsize, files)) for _, files in groups]
-    blocks = ((val, parts, before + at) for before, (val, files) in zip((0, sizes[0]), groups)
-              for parts, at in _blocks(files, columns))
-    workers = min(workers or os.cpu_count(), 1 + sum(sizes) // (2 * BLOCK))
-    pool = (concurrent.futures.ThreadPoolExecutor(1) if workers == 1 else concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context('spawn'), _start_worker))
-    known, saved, skipped, text_bytes, start = None, time.time(), Counter(journal['skipped']), 0, time.time()
-    try:
-        bar = tqdm(total=sum(sizes), unit='B', unit_scale=True, disable=None)
-        todo = itertools.islice(blocks, journal['blocks'], None)            # what is done is read and passed over
-        for val, at, (documents, ids, problems, left_out) in _in_order(pool, todo, job, 2 * workers):
-            for problem, where in problems:
-                if strict:
-                    raise DataError(f'{where}: {problem}. Mend it, or go on without --strict, which leaves it out.')
-                skipped[problem] += 1
-                if skipped[problem] <= 3:
-                    journal['shown'].append(f'{where}: {problem}')
-            skipped.update({'left out by --where': left_out} if left_out else {})
-            if known is None and not val:                                   # all that is only for validation is read
-                known = np.union1d(kept_out, writer.hashes())
-            hashes = np.frombuffer(b''.join(document[-1] for document in documents), '<u8')
-            if twins := known is not None and len(known) > 0:
-                twins = known[np.searchsorted(known[:-1], hashes)] == hashes
-            trained = sum(n['tokens'] for stream, n in writer.counts.items() if stream.endswith('/train'))
-            for twin, (value, split, n, *document) in zip(np.broadcast_to(twins, len(documents)).tolist(), documents):
-                own, ids = ids[:n], ids[n:]
-                if split == 'train' and (twin or max_tokens and trained >= max_tokens):
-                    skipped['equal to a validation document'] += twin
-                    continue
-                writer.add(source_of(value), split, own, *document)
-                trained += n * (split == 'train')
-                text_bytes += document[0]
-            journal.update(blocks=journal['blocks'] + 1, skipped=+skipped)
-            bar.update(at - bar.n)
-            bar.set_postfix_str(f'{text_bytes / 1e6 / (time.time() - start):.1f} MB/s of text')
-            if max_tokens and trained >= max_tokens:
+def _fill(writer, journal, results, source_of, save, *, kept_out, max_tokens, strict, bar):
+    """Append the results of _in_order() to the writer; save() now and then. kept_out: hashes kept out of train."""
+    known, saved, start, text_bytes = None, time.time(), time.time(), 0
+    trained = sum(n['tokens'] for stream, n in writer.counts.items() if stream.endswith('/train'))
+    skipped = journal['skipped'] = Counter(journal['skipped'])
+    for val, at, (documents, ids, problems, left_out) in results:
+        for problem, where in problems:
+            if strict:
+                raise DataError(f'{where}: {problem}. Mend it, or go on without --strict, which leaves it out.')
+            skipped[problem] += 1
+            if skipped[problem] <= 3:
+                journal['shown'].append(f'{where}: {problem}')
+        if left_out:
+            skipped['left out by --where'] += left_out
+        if known is None and not val:                       # all that is only for validation is read
+            known = np.union1d(kept_out, writer.hashes())
+        hashes = np.frombuffer(b''.join(document[-1] for document in documents), '<u8')
+        twins = np.zeros(len(hashes), bool)
+        if known is not None and len(known):
+            twins = known[np.searchsorted(known[:-1], hashes)] == hashes
+        for twin, (value, split, n, *document) in zip(twins.tolist(), documents):
+            own, ids = ids[:n], ids[n:]
+            if split == 'train' and max_tokens and trained >= max_tokens:
                 break
-            if time.time() - saved > 5:
-                save()
-                saved = time.time()
-        bar.close()
+            if split == 'train' and twin:
+                skipped['equal to a validation document'] += 1
+                continue
+            writer.add(source_of(value), split, own, *document)
+            trained += n * (split == 'train')
+            text_bytes += document[0]
+        journal['blocks'] += 1
+        bar.update(at - bar.n)
+        bar.set_postfix_str(f'{text_bytes / 1e6 / (time.time() - start):.1f} MB/s of text')
+        if max_tokens and trained >= max_tokens:
+            break
+        if time.time() - saved > 5:
+            save()
+            saved = time.time()
+    bar.write(f'{text_bytes / 1e6:,.1f} MB of text in {time.time() - start:.0f} s')
+
+
+def _tokenize(writer, journal, job, held, files, source_of, save, *, workers, **options):
+    """All that the files hold to the writer, from the block on that the journal names. held: for validation only."""
+    fields = [job['text_field'], job['by'], *(field for field, *_ in job['where'])]
+    columns, sizes = sorted({path.split('.')[0] for path in fields if path}), list(map(_size, (held, files)))
+    blocks = ((val, parts, before + at) for val, group, before in ((1, held, 0), (job['val'], files, sizes[0]))
+              for parts, at in _blocks(group, columns))
+    workers = min(workers or os.cpu_count(), 1 + sum(sizes) // (2 * BLOCK))
+    spawn = multiprocessing.get_context('spawn')                # a thread does for one, and starts at once
+    pool = (concurrent.futures.ThreadPoolExecutor(1) if workers == 1 else
+            concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker))
+    todo = itertools.islice(blocks, journal['blocks'], None)    # what is done is read and passed over
+    try:
+        with tqdm(total=sum(sizes), unit='B', unit_scale=True, disable=None) as bar:
+            _fill(writer, journal, _in_order(pool, todo, job, 2 * workers), source_of, save, bar=bar, **options)
     except concurrent.futures.BrokenExecutor:
         raise DataError('a worker was killed, for want of memory? The same command goes on; with fewer --workers, '
                         'it takes less.') from None
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f'{text_bytes / 1e6:,.1f} MB of text in {time.time() - start:.0f} s, {workers} workers')
+
+
+def _size(files):
+    return sum(map(os.path.getsize, files))
 
 
 def _lock(work):
@@ -1277,16 +1288,16 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     _check_target(name, data_dir, val, shard_tokens)
     own, (held, _), (files, others) = get_tokenizer(tokenizer), list_files(val_files), list_files(inputs)
     files = [file for file in files if file not in held]
-    where = [[field, *values.split(',')] for field, _, values in (w.partition('=') for w in where)]
+    where = [[field, *values.split(',')] for field, _, values in (condition.partition('=') for condition in where)]
     if (where or by) and (texts := [file for file in [*held, *files] if file.endswith('.txt')]):
         raise DataError(f'{texts[0]}: a .txt has no fields for --where and --by.')
-    hashes = [np.empty(0, '<u8'), *(_val_hashes(data_dir, other) for other in keep_out)]
+    hashes = [_val_hashes(data_dir, other) for other in keep_out]
     job = {'tokenizer': tokenizer, 'eot': eot, 'val': val, 'text_field': text_field, 'where': where, 'by': by}
     about = {**job, 'tokenizer': own.name, 'vocab_size': own.vocab_size, 'shard_tokens': shard_tokens,
-             'max_tokens': max_tokens, 'keep_out': [[o, len(h)] for o, h in zip(keep_out, hashes[1:])]}
-    stats = {group: [[file, (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in paths]
+             'max_tokens': max_tokens, 'keep_out': [[other, len(found)] for other, found in zip(keep_out, hashes)]}
+    stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in paths]
              for group, paths in (('inputs', files), ('val_files', held))}
-    work, sources = Path(data_dir, f'.{name}.prepare'), {}
+    work, writer, sources = Path(data_dir, f'.{name}.prepare'), None, {}
     lock = _lock(work)
 
     def source_of(value):
@@ -1300,24 +1311,14 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     def save():
         writer.sync()
         write_whole(work / 'journal.json', json.dumps(journal))
-    writer = None
     try:
         journal = _open_journal(work, {**about, **stats})
         writer = Writer(work, own, None if eot == 'none' else own.eot, shard_tokens, journal['counts'])
         journal['counts'] = writer.counts
         if not journal['done']:
-            _fill(writer, journal, job, ((1, held), (val, files)), source_of, save, kept_out=np.concatenate(hashes),
-                  max_tokens=max_tokens, workers=workers, strict=strict)
-            if others:
-                print(f'{others:,} files of other kinds passed over')
-            for kind, n in journal['skipped'].items():
-                shown = [line for line in journal['shown'] if line.endswith(f': {kind}')]
-                print(f'{n:,} documents left out: {kind}', *shown, sep='\n  ')
-            if not any(stream.endswith('/train') for stream in writer.counts):
-                shutil.rmtree(work)
-                n = sum(n['documents'] for n in writer.counts.values())
-                raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower '
-                                '--val.')
+            _tokenize(writer, journal, job, held, files, source_of, save, workers=workers, strict=strict,
+                      max_tokens=max_tokens, kept_out=np.concatenate([np.empty(0, '<u8'), *hashes]))
+            _report(name, work, writer, journal, others)
             sizes = {group: [entry[:2] for entry in entries] for group, entries in stats.items()}
             writer.finish({**about, 'skipped': journal['skipped'], **sizes}, tokenizer_files(tokenizer))
             journal['done'] = True
@@ -1335,6 +1336,18 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
             writer.close()
         if lock is not None:
             os.close(lock)
+
+
+def _report(name, work, writer, journal, others):
+    if others:
+        print(f'{others:,} files of other kinds passed over')
+    for kind, n in journal['skipped'].items():
+        shown = [line for line in journal['shown'] if line.endswith(f': {kind}')]
+        print(f'{n:,} documents left out: {kind}', *shown, sep='\n  ')
+    if not any(stream.endswith('/train') for stream in writer.counts):
+        shutil.rmtree(work)
+        n = sum(n['documents'] for n in writer.counts.values())
+        raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
 
 
 def _val_hashes(data_dir, name):

@@ -68,7 +68,7 @@ def one_core(path, rounds):
 
 
 def prepare(path, file, workers, folder):
-    """MB/s of a whole run, and the most MB that the first process and any worker held."""
+    """MB/s of a whole run, and the most MB that the first process and any worker held (Linux)."""
     code = f'''
 import json, resource, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -77,8 +77,9 @@ if __name__ == '__main__':
     start = time.perf_counter()
     data.prepare_files('x', [{str(file)!r}], {str(folder)!r}, tokenizer={path!r}, workers={workers})
     seconds = time.perf_counter() - start
-    peaks = [resource.getrusage(who).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
-             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    # Not getrusage for this process: its figure starts with that of the process that started it.
+    own = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    peaks = [own / 2 ** 10, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 10]
     print(json.dumps([json.load(open({str(folder / "x" / "summary.json")!r}))['splits'], seconds, peaks]))
 '''
     script = folder / 'run.py'

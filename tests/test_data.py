@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
