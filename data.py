@@ -21,6 +21,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import glob
@@ -33,13 +34,16 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
 import time
 import tokenize
 import unicodedata
 import warnings
-from collections import Counter, namedtuple
+import zlib
+from collections import Counter, deque, namedtuple
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
@@ -65,15 +69,14 @@ Tokenizer = namedtuple('Tokenizer', 'name vocab_size eot encode decode')
 def _tokenizer(name, table, specials, eot, ordinary):
     """A Tokenizer of table {id: bytes}, specials {text: id} and ordinary(str) -> ids [n], which knows no specials."""
     vocab_size = max(table) + 1
-    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
     longest_first = sorted(specials, key=len, reverse=True)
     split = re.compile('(' + '|'.join(map(re.escape, longest_first)) + ')').split
 
     def encode(text, special=False):
         if not special:
-            return ordinary(text).astype(dtype)
+            return ordinary(text).astype(token_type(vocab_size))
         parts = [[specials[part]] if i % 2 else ordinary(part) for i, part in enumerate(split(text))]
-        return np.concatenate(parts).astype(dtype)
+        return np.concatenate(parts).astype(token_type(vocab_size))
 
     def decode(ids):
         text = b''.join([table.get(i, b'\xef\xbf\xbd') for i in np.asarray(ids).tolist()])
@@ -283,6 +286,7 @@ def _tokenizer_said(shard):
 
 HEADER_BYTES = 1024
 FORMATS = {20240520: (1, np.dtype('<u2')), 20240801: (7, np.dtype('<u4'))}     # magic: version, type of ids
+PIECE = re.compile(r'-(\d{5})-of-(\d{5})$')
 MEGATRON_TYPES = {1: 'u1', 2: 'i1', 3: '<i2', 4: '<i4', 5: '<i8', 8: '<u2'}    # 6 and 7 are floats
 
 
@@ -318,6 +322,18 @@ class Shard(NamedTuple):
         return np.frombuffer(raw, self.dtype)
 
 
+def token_type(vocab_size):
+    """The type of ids in a shard: uint16 for vocabularies up to 65,536, else uint32."""
+    return np.dtype('<u2' if vocab_size <= 2 ** 16 else '<u4')
+
+
+def _header(count, vocab_size, eot, tokenizer, text_bytes):
+    magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == token_type(vocab_size))
+    words = [magic, FORMATS[magic][0], count, token_type(vocab_size).itemsize, vocab_size, 0 if eot is None else eot + 1,
+             tokenizer_hash(tokenizer) if tokenizer else 0, text_bytes % 2 ** 31, text_bytes >> 31]
+    return np.array(words, '<i4').tobytes().ljust(HEADER_BYTES, b'\0')
+
+
 def write_shard(path, tokens, *, vocab_size, eot=None, tokenizer=None, text_bytes=0):
     """Write ids [n] as one shard, which appears under `path` whole or not at all.
 
@@ -329,15 +345,11 @@ def write_shard(path, tokens, *, vocab_size, eot=None, tokenizer=None, text_byte
         raise DataError(f'{path}: {len(tokens):,} tokens; a shard holds 1 to {2 ** 31 - 1:,}. Write several.')
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise DataError(f'{path}: ids {tokens.min()} to {tokens.max()}, but a vocabulary of {vocab_size:,}.')
-    magic = 20240520 if vocab_size <= 2 ** 16 else 20240801
-    version, dtype = FORMATS[magic]
-    words = [magic, version, len(tokens), dtype.itemsize, vocab_size, 0 if eot is None else eot + 1,
-             tokenizer_hash(tokenizer) if tokenizer else 0, text_bytes % 2 ** 31, text_bytes >> 31]
     temp = f'{path}.tmp{os.getpid()}'
     try:
         with open(temp, 'wb') as f:
-            f.write(np.array(words, '<i4').tobytes().ljust(HEADER_BYTES, b'\0'))
-            f.write(tokens.astype(dtype, copy=False).data)
+            f.write(_header(len(tokens), vocab_size, eot, tokenizer, text_bytes))
+            f.write(tokens.astype(token_type(vocab_size), copy=False).data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
@@ -349,7 +361,9 @@ def open_shard(path):
     """A Shard, from a file's header and size alone; its tokens stay unread.
 
     Opens llm.c shards (ours too), headerless uint16 files as nanoGPT writes, and GPT-NeoX (Megatron) .bin
-    with an .idx beside it. DataError for anything else, and for sizes that do not agree.
+    with an .idx beside it; also one piece X-00003-of-00020.bin of a big one, as Pythia's Pile comes, with X.idx beside:
+    the whole records in it, for those that a cut between pieces goes through are in none. DataError for anything
+    else, and for sizes that do not agree.
     """
     path = str(path)
     try:
@@ -361,8 +375,11 @@ def open_shard(path):
         raise DataError(f'{path}: the file is empty. Prepare it again.')
     if int.from_bytes(head[:4], 'little') in FORMATS:
         return _open_llmc(path, head, size)
-    if path.endswith('.bin') and os.path.exists(index := path[:-4] + '.idx'):
+    index = PIECE.sub('', path[:-4]) + '.idx'
+    if path.endswith('.bin') and os.path.exists(index):
         return _open_megatron(path, index, size)
+    if PIECE.search(path[:-4]):
+        raise DataError(f'{path}: a piece of a bigger file, whose {index} is missing. Copy it beside the pieces.')
     if why := _not_headerless(head, size):
         magics = ' or '.join(map(str, FORMATS))
         raise DataError(f'{path}: not a token shard: {why}. Expected a header with magic {magics}, a '
@@ -398,11 +415,26 @@ def _open_megatron(path, index, size):
         raise DataError(f'{index}: cut short, {n:,} sequences need {34 + 12 * n:,} bytes. Copy it again.')
     lengths, dtype = np.memmap(index, '<i4', 'r', 34, (n,)), np.dtype(MEGATRON_TYPES[code])
     count = int(lengths.sum(dtype=np.int64))
+    record = int(lengths[0]) if lengths.min() == lengths.max() else None
+    if piece := PIECE.search(path[:-4]):
+        return _open_piece(path, size, piece, count, dtype, record)
     if size != count * dtype.itemsize:
         raise DataError(f'{path}: its .idx says {count:,} tokens, it holds {size / dtype.itemsize:,.10g}. '
-                        'Copy it again; if it is one part of a split file, join the parts first.')
-    record = int(lengths[0]) if lengths.min() == lengths.max() else None
+                        'Copy it again.')
     return Shard(path, 'Megatron', 0, dtype, count, record=record)
+
+
+def _open_piece(path, size, piece, count, dtype, record):
+    # All pieces are as long as the first, but for the last; they are cut by bytes, wherever a record may be.
+    first, total, k, last = path[:piece.start()] + f'-00000-of-{piece[2]}.bin', count * dtype.itemsize, *map(int, piece.groups())
+    own = os.path.getsize(first) if os.path.exists(first) else size
+    start = total - size if k == last else k * own
+    if not record or start != k * own and os.path.exists(first) or size != min(own, total - start):
+        raise DataError(f'{path}: {size:,} bytes, piece {k} of a file of {total:,} bytes in records of {record} tokens as its '
+                        f'.idx says, where the first piece has {own:,}. Copy it again; only pieces of equal records open.')
+    skip = -start % (record * dtype.itemsize)
+    records = (size - skip) // (record * dtype.itemsize)
+    return Shard(path, 'Megatron', skip, dtype, records * record, record=record)
 
 
 def _not_headerless(head, size):
@@ -482,7 +514,7 @@ class Source:
 
     Windows start T tokens apart: neighbours share one token, and each token is a target at most once. Where a
     Megatron file's records all have T + 1 tokens (Pythia's pre-shuffled Pile), its records are the windows.
-    key: seed of the order. vocab_size: the model's; ids at or past it, or the shards' own, are errors.
+    key: seed of the order, or 'stored': as in the files, each epoch. vocab_size: the model's; ids at or past it, or the shards' own, are errors.
     """
 
     def __init__(self, name, files, block_size, *, key=0, vocab_size=None):
@@ -514,6 +546,8 @@ class Source:
     def order(self, m):
         """Windows, int64 [n], of local indices m [n]: epoch m // len(self), and every window once in each."""
         epoch, position = np.divmod(np.asarray(m, np.int64), len(self))
+        if self.key == 'stored':
+            return position
         windows = position.astype(np.uint64)
         for e in np.unique(epoch).tolist():
             # By name, not by place in a list: adding or moving a source never reshuffles another.
@@ -554,9 +588,12 @@ def val_windows(source, n=0):
 def check_compatible(sources, vocab_size):
     """DataError unless {label: Source} all fit a model of vocab_size and share one tokenizer.
 
-    Compares what headers say and, as not every header does, looks at 8 windows of each source.
+    Compares what headers say and, as not every header does, looks at 8 windows of each source. Returns [what to
+    tell the user]: whether documents end with an end-of-text in some sources, and seem not to in others.
     """
     first = None                                                # shard that names a tokenizer
+    eot = next((shard.eot for source in sources.values() for shard in source.shards if shard.eot is not None), None)
+    without = []
     for label, source in sources.items():
         for shard in source.shards:
             first = first or (shard if shard.tokenizer else None)
@@ -567,8 +604,13 @@ def check_compatible(sources, vocab_size):
                 raise DataError(f'{label}: {shard.path} has a vocabulary of {shard.vocab_size:,}, the model '
                                 f'vocab_size = {vocab_size:,}. Raise it, or use the tokenizer of the model.')
         source.vocab_size = min(source.vocab_size, vocab_size)
-        for i in val_windows(source, 8):
-            source.window(i)
+        seen = [eot in source.window(i) for i in val_windows(source, 8)]
+        if not any(seen) and any(shard.eot is None for shard in source.shards):
+            without.append(label)
+    if eot is None or not without:
+        return []
+    return [f'NOTE: no end-of-text (id {eot}) found in {", ".join(without)}, but between the documents of other sources: '
+            'a token that a model never trained confounds a forgetting curve. See --eot in: python data.py prepare --help']
 
 
 def fingerprint(sources):
@@ -767,6 +809,147 @@ def rows(step, batch_size, rank=0, world=1, micro_batch=None, micro_step=0):
 
 
 # --- corpora -------------------------------------------------------------------------------------------
+# One process reads blocks of text, many workers make them ids, and the first appends those to shards in the order
+# of the input: so the shards are the same, bit for bit, for any number of workers, and after a kill and a resume.
+
+BLOCK = 4 * 2 ** 20                     # bytes of text that a worker gets at a time
+LONGEST = 64 * 2 ** 20                  # bytes of a document
+TOO_LONG = f'longer than {LONGEST / 2 ** 20:g} MiB'
+SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet', '.txt')
+COUNTS = ('documents', 'tokens', 'bytes', 'shards', 'open_tokens', 'open_bytes')
+
+
+class Writer:
+    """Shards of any number of sources under `folder`, appended document by document.
+
+    A shard ends with a document, and has its last name when it is whole; until then it ends in .part. counts:
+    {'source/split': {what: number}}, of which an earlier Writer's, as they were at its sync(), go on from there.
+    """
+
+    def __init__(self, folder, tokenizer, eot, shard_tokens, counts=None):
+        self.folder, self.tokenizer, self.eot, self.shard_tokens = folder, tokenizer, eot, shard_tokens
+        self.counts, self.files, self.dtype = counts or {}, {}, token_type(tokenizer.vocab_size)
+        for path in folder.glob('*/*.*'):                       # back to what the counts say
+            split, _, index = path.name.split('.')[0].partition('_')
+            n = self.counts.get(f'{path.parent.name}/{split}', dict.fromkeys(COUNTS, 0))
+            if path.name == 'val_hashes.part':
+                os.truncate(path, 8 * n['documents'])
+            elif index.isdigit() and int(index) >= n['shards']:
+                if int(index) > n['shards'] or not n['open_tokens']:
+                    path.unlink()
+                else:
+                    os.truncate(path, HEADER_BYTES + n['open_tokens'] * self.dtype.itemsize)
+                    path.rename(path.with_suffix('.part'))
+
+    def _file(self, source, name):
+        path = self.folder / source / f'{name}.part'
+        if path not in self.files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.files[path] = open(path, 'r+b' if path.exists() else 'w+b')
+            self.files[path].seek(0, os.SEEK_END)
+        return self.files[path]
+
+    def add(self, source, split, ids, text_bytes, digest):
+        """Append a document: its ids [n], the bytes of its text, and 8 bytes that stand for it."""
+        n = self.counts.setdefault(f'{source}/{split}', dict.fromkeys(COUNTS, 0))
+        file = self._file(source, f'{split}_{n["shards"]:05d}')
+        if not n['open_tokens']:
+            file.write(bytes(HEADER_BYTES))
+        file.write(ids.astype(self.dtype, copy=False).data)
+        if split == 'val':
+            self._file(source, 'val_hashes').write(digest)
+        ends_shard = (n['tokens'] + len(ids)) // self.shard_tokens > n['tokens'] // self.shard_tokens
+        for what, more in zip(COUNTS, (1, len(ids), text_bytes, 0, len(ids), text_bytes)):
+            n[what] += more
+        if ends_shard:
+            self._end_shard(source, split)
+
+    def _end_shard(self, source, split):
+        n = self.counts[f'{source}/{split}']
+        path = self.folder / source / f'{split}_{n["shards"]:05d}.part'
+        with self.files.pop(path) as file:
+            file.seek(0)
+            file.write(_header(n['open_tokens'], self.tokenizer.vocab_size, self.eot,
+                               self.tokenizer.name, n['open_bytes']))
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(path.with_suffix('.bin'))
+        n.update(shards=n['shards'] + 1, open_tokens=0, open_bytes=0)
+
+    def sync(self):
+        """What is counted is on the disk, whatever happens next."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def hashes(self, source='*'):
+        """The sorted hashes, uint64 [n], of the documents that are held out for validation."""
+        self.sync()
+        found = [np.fromfile(path, '<u8') for path in self.folder.glob(f'{source}/val_hashes.part')]
+        return np.unique(np.concatenate([np.empty(0, '<u8'), *found]))
+
+    def finish(self, about, files):
+        """End all shards. Beside them: the hashes, `files` {name: Path}, and summary.json of `about` and the counts."""
+        sources = sorted({stream.split('/')[0] for stream in self.counts})
+        for source in sources:
+            splits = {}
+            for split in ('train', 'val'):
+                if n := self.counts.get(f'{source}/{split}'):
+                    if n['open_tokens']:
+                        self._end_shard(source, split)
+                    splits[split] = {what: n[what] for what in COUNTS[:4]} | {
+                        'bytes_per_token': n['bytes'] / n['tokens']}
+            np.save(self.folder / source / 'val_hashes.npy', self.hashes(source))
+            for name, path in files.items():
+                shutil.copyfile(path, self.folder / source / name)
+            write_whole(self.folder / source / 'summary.json', json.dumps({**about, 'splits': splits}, indent=1))
+            print(f'{source:<22}{"documents":>12}{"tokens":>16}{"bytes":>18}  bytes/token  shards',
+                  *(f'  {split:<20}{n["documents"]:>12,}{n["tokens"]:>16,}{n["bytes"]:>18,}{n["bytes_per_token"]:>13.3f}'
+                    f'{n["shards"]:>8,}' for split, n in splits.items()), sep='\n')
+        self.close()
+
+    def close(self):
+        for file in self.files.values():
+            with contextlib.suppress(OSError):                  # of a full disk, which is known by now
+                file.close()
+        self.files.clear()
+
+    def publish(self, data_dir):
+        """The folders of all sources appear in data_dir, each whole."""
+        for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+            (folder / 'val_hashes.part').unlink(missing_ok=True)
+            try:
+                folder.rename(Path(data_dir, folder.name))
+            except OSError as error:
+                raise DataError(f'{Path(data_dir, folder.name)}: {error.strerror}. Made by another process '
+                                'meanwhile?') from None
+
+
+def write_whole(path, text):
+    """A small file, as it was or as it is to be, whatever happens in between."""
+    temp = path.with_name(f'{path.name}.tmp')
+    with open(temp, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+
+
+def _check_target(name, data_dir, val, shard_tokens):
+    if not re.fullmatch(r'\w[\w.-]*', name) or not 0 <= val < 1 or not 0 < shard_tokens < 2 ** 30:
+        raise DataError(f'prepare {name}: the name must be letters, digits, dots, _ and -; val = {val} in '
+                        f'[0, 1); shard_tokens = {shard_tokens:,} in [1, 2^30).')
+    if Path(data_dir, name).exists():
+        raise DataError(f'{Path(data_dir, name)} exists. Remove it first, or choose another name.')
+
+
+def _encode(text, raw, tokenizer, eot, val):
+    """(split, ids, bytes, hash) of a document: a hash of its text alone says whether it is held out."""
+    digest, ids = blake2b(raw, digest_size=8).digest(), tokenizer.encode(text)
+    if eot != 'none':
+        ids = np.insert(ids, len(ids) if eot == 'append' else 0, tokenizer.eot)
+    return 'val' if int.from_bytes(digest, 'little') < val * 2 ** 64 else 'train', ids, len(raw), digest
+
 
 def write_corpus(documents, name, data_dir='data', *, val=0.05, shard_tokens=100_000_000, tokenizer=BYTES):
     """Tokenize documents (str) into data_dir/name/{train,val}_00000.bin, ...: all of the folder or none.
@@ -775,69 +958,377 @@ def write_corpus(documents, name, data_dir='data', *, val=0.05, shard_tokens=100
     document is held out (share `val`): order and company do not matter, and copies never land on both sides.
     Returns {split: counts}. DataError when the folder exists or nothing is left to train on.
     """
-    folder, temp = Path(data_dir, name), Path(data_dir, f'.{name}.tmp{os.getpid()}')
-    if not re.fullmatch(r'\w[\w.-]*', name) or not 0 <= val < 1 or not 0 < shard_tokens < 2 ** 30:
-        raise DataError(f'prepare {name}: the name must be letters, digits, dots, _ and -; val = {val} in '
-                        f'[0, 1); shard_tokens = {shard_tokens:,} in [1, 2^30).')
-    if folder.exists():
-        raise DataError(f'{folder} exists. Remove it first, or choose another name.')
-    counts = {'train': Counter(), 'val': Counter()}
-    waiting = {'train': [], 'val': []}                          # (ids, bytes of text) of the next shard
+    _check_target(name, data_dir, val, shard_tokens)
     for stale in Path(data_dir).glob(f'.{name}.tmp*'):          # of a killed run, when a day old
         if time.time() - stale.stat().st_mtime > 86400:
             shutil.rmtree(stale, ignore_errors=True)
-
-    def flush(split):
-        ids, sizes = zip(*waiting[split])
-        write_shard(temp / f'{split}_{counts[split]["shards"]:05d}.bin', np.concatenate(ids),
-                    vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, tokenizer=tokenizer.name,
-                    text_bytes=sum(sizes))
-        counts[split]['shards'] += 1
-        waiting[split].clear()
-
+    temp = Path(data_dir, f'.{name}.tmp{os.getpid()}')
+    writer = Writer(temp, tokenizer, tokenizer.eot, shard_tokens)
     try:
-        temp.mkdir(parents=True)
         for text in documents:
-            raw = text.encode('utf-8')
-            held_out = int.from_bytes(blake2b(raw, digest_size=8).digest(), 'little') < val * 2 ** 64
-            split, ids = 'val' if held_out else 'train', tokenizer.encode(text)
-            waiting[split].append((np.append(ids, ids.dtype.type(tokenizer.eot)), len(raw)))
-            shards_before = counts[split]['tokens'] // shard_tokens
-            counts[split].update(documents=1, tokens=len(ids) + 1, bytes=len(raw))
-            if counts[split]['tokens'] // shard_tokens > shards_before:
-                flush(split)
-        for split in filter(waiting.get, waiting):
-            flush(split)
-        if not counts['train']:
-            raise DataError(f'prepare {name}: {counts["val"]["documents"]} documents held out and none to '
-                            'train on. Give more, or lower --val.')
-        try:
-            temp.rename(folder)
-        except OSError as error:
-            raise DataError(f'{folder}: {error.strerror}. Made by another process meanwhile?') from None
+            writer.add(name, *_encode(text, text.encode('utf-8'), tokenizer, 'append', val))
+        if f'{name}/train' not in writer.counts:
+            held_out = writer.counts.get(f'{name}/val', {'documents': 0})['documents']
+            raise DataError(f'prepare {name}: {held_out} documents held out and none to train on. Give more, or '
+                            'lower --val.')
+        writer.finish({'tokenizer': tokenizer.name, 'eot': 'append', 'val': val}, {})
+        writer.publish(data_dir)
     finally:
+        writer.close()
         shutil.rmtree(temp, ignore_errors=True)
-    for split, n in counts.items():
-        print(f'{folder}/{split}: {n["tokens"]:,} tokens, {n["documents"]:,} documents, {n["shards"]} shards')
-    return counts
+    return {split: writer.counts.get(f'{name}/{split}', {}) for split in ('train', 'val')}
 
 
-def read_documents(files, text_field, problems):
-    """Yield the documents of .txt (one a file) and .jsonl (one a line) files; `problems` gets the rest."""
-    with tqdm(total=sum(map(os.path.getsize, files)), unit='B', unit_scale=True, disable=None) as bar:
-        for file in files:
-            jsonl = file.endswith('.jsonl')
-            with open(file, 'rb') as f:
-                for number, line in enumerate(f if jsonl else [f.read()], 1):
-                    bar.update(len(line))
-                    try:
-                        text = json.loads(line)[text_field] if jsonl else line.decode('utf-8')
-                        if not text.encode('utf-8').strip():    # fails on what JSON can hold but UTF-8 cannot
-                            raise ValueError('no text')
-                    except (ValueError, KeyError, TypeError, AttributeError) as error:
-                        problems.append(f'{file}:{number}: {type(error).__name__}: {error}')
-                    else:
-                        yield text
+# Reading. A part of a block is (file, number of its first line, bytes of whole lines, problem or ''): the lines of
+# .jsonl, a .txt as it is, and rows of .parquet as lines of JSON.
+
+def list_files(patterns):
+    """([file] in the order of their names, 2 before 10; how many others the folders hold) of files, folders, globs."""
+    found, others = set(), 0
+    for pattern in map(str, patterns):
+        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not names or os.path.isfile(pattern) and not pattern.endswith(SUFFIXES):
+            raise DataError(f'{pattern}: not a file, or a folder or glob of files, that ends in {", ".join(SUFFIXES)}.')
+        folders = [os.path.join(glob.escape(name), '**') for name in names if os.path.isdir(name)]
+        names += [name for folder in folders for name in glob.glob(folder, recursive=True)]
+        files = set(filter(os.path.isfile, names))
+        found |= {file for file in files if file.endswith(SUFFIXES)}
+        others += len(files - found)
+    return sorted(found, key=lambda f: [int(t) if t.isdecimal() else t for t in re.split(r'(\d+)', f)]), others
+
+
+def _unpacked(f, file):
+    """Yield the bytes of an open file, unpacked, also of several gzip or zstd frames; EOFError where it is damaged."""
+    if not file.endswith(('.gz', '.zst')):
+        yield from iter(lambda: f.read(BLOCK), b'')
+        return
+    if file.endswith('.gz'):
+        new, Damage = functools.partial(zlib.decompressobj, 31), zlib.error
+    else:
+        zstandard = optional('zstandard')
+        new, Damage = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+    frame = None
+    while raw := f.read(2 ** 16):
+        while raw:
+            frame = frame or new()
+            try:
+                yield frame.decompress(raw)
+            except Damage as error:
+                raise EOFError(str(error)) from None
+            raw = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError('cut short')
+
+
+def _read_lines(file):
+    """Yield (number of the first line, whole lines, problem, bytes of the file read so far)."""
+    is_text, number, rest, too_long = file.endswith('.txt'), 1, b'', False
+    with open(file, 'rb') as f:
+        try:
+            for chunk in _unpacked(f, file):
+                cut = 0 if is_text else chunk.rfind(b'\n') + 1
+                if cut and too_long:                            # the end of a line that was too long to hold
+                    first = chunk.index(b'\n') + 1
+                    chunk, cut, number, too_long = chunk[first:], cut - first, number + 1, False
+                if cut:
+                    lines, rest = rest + chunk[:cut], chunk[cut:]
+                    yield number, lines, '', f.tell()
+                    number += lines.count(b'\n')
+                elif not too_long:
+                    rest += chunk
+                if len(rest) > LONGEST:
+                    yield number, b'', TOO_LONG, f.tell()
+                    rest, too_long = b'', True
+        except EOFError as error:
+            yield number, b'', f'damaged file ({error})', f.tell()
+        if not too_long and (rest or is_text):
+            yield number, rest, '', f.tell()
+
+
+def _read_parquet(file, columns):
+    """Yield (row, rows as lines of JSON, problem, bytes of the file read so far), of these columns."""
+    row, size = 1, os.path.getsize(file)
+    try:
+        table = optional('pyarrow.parquet').ParquetFile(file)
+        if missing := [name for name in columns if name not in table.schema_arrow.names]:
+            raise DataError(f'{file}: no column {missing[0]!r}; it has {", ".join(table.schema_arrow.names)}.')
+        for batch in table.iter_batches(256, columns=columns):
+            # What JSON cannot hold, as bytes, becomes a list: never text.
+            lines = [json.dumps(values, ensure_ascii=False, default=lambda value: [str(value)]).encode()
+                     for values in batch.to_pylist()]
+            yield row, b'\n'.join(lines), '', size * row // table.metadata.num_rows
+            row += len(lines)
+    except DataError:
+        raise
+    except (ValueError, OSError) as error:                      # pyarrow's own are these
+        yield row, b'', f'damaged file ({str(error).splitlines()[0]})', size
+
+
+def _blocks(files, columns):
+    """Yield ([part], bytes of the files read so far), BLOCK bytes of text or a little more: the same in every run."""
+    parts, size, before = [], 0, 0
+    for file in files:
+        reader = _read_parquet(file, columns) if file.endswith('.parquet') else _read_lines(file)
+        for number, raw, problem, at in reader:
+            parts.append((file, number, raw, problem))
+            size += len(raw)
+            if size >= BLOCK:
+                yield parts, before + at
+                parts, size = [], 0
+        before += os.path.getsize(file)
+    if parts:
+        yield parts, before
+
+
+# Working.
+
+def _field(row, path):
+    """row['meta']['set'] for the path 'meta.set'. Metadata may be JSON in a string, as in some .parquet."""
+    for key in path.split('.'):
+        row = (json.loads(row) if isinstance(row, str) else row)[key]
+    return row
+
+
+def _document(line, is_text, job):
+    """(text, its UTF-8, value of --by) of a line, None when --where leaves it out; ValueError says what is wrong."""
+    if len(line) > LONGEST:
+        raise ValueError(TOO_LONG)
+    try:
+        text = line.decode('utf-8' if is_text else 'utf-8-sig')
+        row = {} if is_text else json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError('not UTF-8') from None
+    except (ValueError, RecursionError):
+        raise ValueError('not JSON') from None
+    value, field = '', None
+    try:
+        for field, *values in job['where']:
+            if str(_field(row, field)) not in values:
+                return None
+        if field := job['by']:                                  # RedPajamaCommonCrawl: commoncrawl
+            value = re.sub('[^a-z0-9]', '', str(_field(row, field)).lower()).removeprefix('redpajama')
+            if not value:
+                raise ValueError
+        if not is_text:
+            text = _field(row, field := job['text_field'])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f'no {field}') from None
+    if not isinstance(text, str):
+        raise ValueError(f'{field} is not text')
+    try:
+        raw = text.encode('utf-8')
+    except UnicodeEncodeError:
+        raise ValueError('half of a surrogate pair') from None
+    if not raw.strip() or b'\0' in raw:
+        raise ValueError('NUL byte' if b'\0' in raw else 'empty')
+    return text, raw, value
+
+
+def _work(job, val, parts):
+    """([(--by value, split, tokens, bytes, hash)] of a block's documents, their ids, [(problem, where)], left out)."""
+    tokenizer, documents, ids, problems, left_out = get_tokenizer(job['tokenizer']), [], [], [], 0
+    for file, first, raw, problem in parts:
+        is_text = file.endswith('.txt')
+        for number, line in enumerate([raw] if is_text or problem else raw.split(b'\n'), first):
+            if not (problem or is_text or line.strip()):        # an empty line
+                continue
+            try:
+                if problem:
+                    raise ValueError(problem)
+                if document := _document(line, is_text, job):
+                    text, raw_text, value = document
+                    split, own, n_bytes, digest = _encode(text, raw_text, tokenizer, job['eot'], val)
+                    documents.append((value, split, len(own), n_bytes, digest))
+                    ids.append(own)
+                left_out += not document
+            except ValueError as error:
+                problems.append((str(error), f'{file}:{number}'))
+    return documents, np.concatenate(ids) if ids else [], problems, left_out
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the first process's business
+
+    def watch():                                                # which may be killed, and we would wait for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_order(pool, blocks, job, ahead):
+    """Yield (for validation only?, bytes of files read, what _work() makes of it) of blocks, `ahead` of them on the way."""
+    waiting = deque()
+
+    def first():
+        val, at, future = waiting.popleft()
+        return val == 1, at, future.result()
+    for val, parts, at in blocks:
+        waiting.append((val, at, pool.submit(_work, job, val, parts)))
+        if len(waiting) > ahead:
+            yield first()
+    while waiting:
+        yield first()
+
+
+# Writing.
+
+def _fill(writer, journal, job, groups, source_of, *, kept_out, max_tokens, workers, strict, save):
+    """Append what the files hold to the writer, from the block on that the journal names.
+
+    groups: (share to hold out, files) in their order; 1 for official validation files. kept_out: sorted hashes.
+    """
+    columns = sorted({path.split('.')[0] for path in (job['text_field'], job['by'], *(w[0] for w in job['where'])) if path})
+    sizes = [sum(map(os.path.getsize, files)) for _, files in groups]
+    blocks = ((val, parts, before + at) for before, (val, files) in zip((0, sizes[0]), groups)
+              for parts, at in _blocks(files, columns))
+    workers = min(workers or os.cpu_count(), 1 + sum(sizes) // (2 * BLOCK))
+    pool = (concurrent.futures.ThreadPoolExecutor(1) if workers == 1 else concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context('spawn'), _start_worker))
+    known, saved, skipped, text_bytes, start = None, time.time(), Counter(journal['skipped']), 0, time.time()
+    try:
+        bar = tqdm(total=sum(sizes), unit='B', unit_scale=True, disable=None)
+        todo = itertools.islice(blocks, journal['blocks'], None)            # what is done is read and passed over
+        for val, at, (documents, ids, problems, left_out) in _in_order(pool, todo, job, 2 * workers):
+            for problem, where in problems:
+                if strict:
+                    raise DataError(f'{where}: {problem}. Mend it, or go on without --strict, which leaves it out.')
+                skipped[problem] += 1
+                if skipped[problem] <= 3:
+                    journal['shown'].append(f'{where}: {problem}')
+            skipped.update({'left out by --where': left_out} if left_out else {})
+            if known is None and not val:                                   # all that is only for validation is read
+                known = np.union1d(kept_out, writer.hashes())
+            hashes = np.frombuffer(b''.join(document[-1] for document in documents), '<u8')
+            twins = known[np.searchsorted(known[:-1], hashes)] == hashes if known is not None and len(known) else hashes < 0
+            trained = sum(n['tokens'] for stream, n in writer.counts.items() if stream.endswith('/train'))
+            for twin, (value, split, n, *document) in zip(twins.tolist(), documents):
+                own, ids = ids[:n], ids[n:]
+                if split == 'train' and (twin or max_tokens and trained >= max_tokens):
+                    skipped['equal to a validation document'] += twin
+                    continue
+                writer.add(source_of(value), split, own, *document)
+                trained += n * (split == 'train')
+                text_bytes += document[0]
+            journal.update(blocks=journal['blocks'] + 1, skipped=+skipped)
+            bar.update(at - bar.n)
+            bar.set_postfix_str(f'{text_bytes / 1e6 / (time.time() - start):.1f} MB/s of text')
+            if max_tokens and trained >= max_tokens:
+                break
+            if time.time() - saved > 5:
+                save()
+                saved = time.time()
+        bar.close()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise DataError('a worker was killed, for want of memory? The same command goes on; with fewer --workers, '
+                        'it takes less.') from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(f'{text_bytes / 1e6:,.1f} MB of text in {time.time() - start:.0f} s, {workers} workers')
+
+
+def _lock(work):
+    """The open folder, locked: one prepare at a time."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl                                            # not on Windows, where nothing is locked
+        folder = os.open(work, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder
+    except ImportError:
+        return None
+    except OSError:
+        raise DataError(f'{work} is in use by another prepare. Wait for it, or stop it.') from None
+
+
+def _open_journal(work, settings):
+    """How far an earlier run of the same command came, if any. DataError when it was another command."""
+    path = work / 'journal.json'
+    if not path.exists() or not any(entry.is_dir() for entry in work.iterdir()):
+        return {'settings': settings, 'blocks': 0, 'counts': {}, 'skipped': {}, 'shown': [], 'done': False}
+    journal = json.loads(path.read_text('utf-8'))
+    for key, now in settings.items():
+        if (was := journal['settings'].get(key)) != now:
+            if isinstance(now, list) and isinstance(was, list):
+                was, now = ([x for x in a if x not in b][:1] for a, b in ((was, now), (now, was)))
+            raise DataError(f'{work} holds an unfinished prepare with {key} = {was}, now {now}. Give the same command to '
+                            f'go on, or start anew: rm -r {work}')
+    return journal
+
+
+def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None, val_files=(), keep_out=(),
+                  text_field='text', where=(), by=None, max_tokens=None, shard_tokens=100_000_000, workers=None,
+                  strict=False):
+    """Tokenize files into data_dir/name, or with `by` into data_dir/name_VALUE: `python data.py prepare --help`.
+
+    The same shards for any number of workers. After a kill or a full disk, the same call goes on where it was.
+    Finished sources appear whole. DataError for what cannot be read or asked for, and when nothing is left to train on.
+    """
+    val = (0 if val_files else 0.05) if val is None else val
+    _check_target(name, data_dir, val, shard_tokens)
+    own, (held, _), (files, others) = get_tokenizer(tokenizer), list_files(val_files), list_files(inputs)
+    files = [file for file in files if file not in held]
+    where = [[field, *values.split(',')] for field, _, values in (w.partition('=') for w in where)]
+    if (where or by) and (texts := [file for file in [*held, *files] if file.endswith('.txt')]):
+        raise DataError(f'{texts[0]}: a .txt has no fields for --where and --by.')
+    hashes = [np.empty(0, '<u8'), *(_val_hashes(data_dir, other) for other in keep_out)]
+    job = {'tokenizer': tokenizer, 'eot': eot, 'val': val, 'text_field': text_field, 'where': where, 'by': by}
+    about = {**job, 'tokenizer': own.name, 'vocab_size': own.vocab_size, 'shard_tokens': shard_tokens,
+             'max_tokens': max_tokens, 'keep_out': [[o, len(h)] for o, h in zip(keep_out, hashes[1:])]}
+    stats = {group: [[file, (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in paths]
+             for group, paths in (('inputs', files), ('val_files', held))}
+    work, sources = Path(data_dir, f'.{name}.prepare'), {}
+    lock = _lock(work)
+
+    def source_of(value):
+        if value not in sources:
+            sources[value] = f'{name}_{value}' if by else name
+            _check_target(sources[value], data_dir, val, shard_tokens)
+            if len(sources) > 200:
+                raise DataError(f'--by {by}: more than 200 values, each a source of its own. Is it the right field?')
+        return sources[value]
+
+    def save():
+        writer.sync()
+        write_whole(work / 'journal.json', json.dumps(journal))
+    journal = _open_journal(work, {**about, **stats})
+    writer = Writer(work, own, None if eot == 'none' else own.eot, shard_tokens, journal['counts'])
+    journal['counts'] = writer.counts
+    try:
+        if not journal['done']:
+            _fill(writer, journal, job, ((1, held), (val, files)), source_of, kept_out=np.unique(np.concatenate(hashes)),
+                  max_tokens=max_tokens, workers=workers, strict=strict, save=save)
+            if others:
+                print(f'{others:,} files of other kinds passed over')
+            for kind, n in journal['skipped'].items():
+                print(f'{n:,} documents left out: {kind}', *(s for s in journal['shown'] if s.endswith(f': {kind}')), sep='\n  ')
+            if not any(stream.endswith('/train') for stream in writer.counts):
+                shutil.rmtree(work)
+                n = sum(n['documents'] for n in writer.counts.values())
+                raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
+            sizes = {group: [entry[:2] for entry in entries] for group, entries in stats.items()}
+            writer.finish({**about, 'skipped': journal['skipped'], **sizes}, tokenizer_files(tokenizer))
+            journal['done'] = True
+            save()
+        writer.publish(data_dir)
+        shutil.rmtree(work)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f'{work}: {error.strerror}, {shutil.disk_usage(data_dir).free / 1e9:.1f} GB are free. What is done '
+                        'stays: make room, and the same command goes on.') from None
+    finally:
+        writer.close()
+        if lock is not None:
+            os.close(lock)
+
+
+def _val_hashes(data_dir, name):
+    try:
+        return np.load(Path(data_dir, name, 'val_hashes.npy'))
+    except (OSError, ValueError):
+        raise DataError(f'--keep_out {name}: {Path(data_dir, name)} has no val_hashes.npy, which prepare writes. Prepare '
+                        'it, or prepare it again.') from None
 
 
 # The embedded corpora are read from files that every installation has; nothing is imported. What they hold
@@ -983,22 +1474,18 @@ def info(file):
 
 def prepare(args):
     """`python data.py prepare`: an embedded corpus, or the user's files."""
-    if not args.inputs:
-        if args.name not in EMBEDDED:
-            raise DataError(f'prepare {args.name}: give .txt or .jsonl files; without, only '
-                            f'{" and ".join(EMBEDDED)} can be made.')
-        print(prepare_embedded(args.name, args.data_dir))
-        return
-    for file in args.inputs:
-        if not file.endswith(('.txt', '.jsonl')) or not os.path.isfile(file):
-            raise DataError(f'{file}: not a .txt or .jsonl file.')
-    problems = []
-    try:
-        write_corpus(read_documents(args.inputs, args.text_field, problems), args.name, args.data_dir,
-                     val=args.val, shard_tokens=args.shard_tokens)
-    finally:
-        if problems:
-            print(f'{len(problems):,} documents left out:', *problems[:3], sep='\n  ')
+    args = vars(args)
+    name, inputs, data_dir = args.pop('name'), args.pop('inputs'), args.pop('data_dir')
+    args.pop('run')
+    if inputs:
+        prepare_files(name, inputs, data_dir, **args)
+    elif name not in EMBEDDED:
+        raise DataError(f'prepare {name}: give files, folders or globs of {", ".join(SUFFIXES)}; without, only '
+                        f'{", ".join(EMBEDDED)} can be made.')
+    elif given := [key for key, value in args.items() if value != inspect.signature(prepare_files).parameters[key].default]:
+        raise DataError(f'prepare {name}: --{given[0]} is for files; the embedded corpora are bytes, and as they are.')
+    else:
+        print(prepare_embedded(name, data_dir))
 
 
 def main():
@@ -1006,12 +1493,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser('prepare', help='text to shards')
-    p.add_argument('name', help=f'of the source; without inputs: {" or ".join(EMBEDDED)}')
-    p.add_argument('inputs', nargs='*', help='.txt (one document each) and .jsonl (one a line)')
+    p.add_argument('name', help=f'of the source; without inputs: {", ".join(EMBEDDED)}')
+    p.add_argument('inputs', nargs='*', help=f'files, folders or globs of {", ".join(SUFFIXES)}; a .txt is one document')
     p.add_argument('--data_dir', default='data')
-    p.add_argument('--text_field', default='text', help="name of the text in a .jsonl's objects")
-    p.add_argument('--val', type=float, default=0.05, help='share of the documents to hold out')
+    p.add_argument('--tokenizer', default='bytes', help="'bytes', 'gpt2', or a path: a tokenizer.json, or a folder with "
+                   "one (a Hugging Face directory) or with GPT-2's files")
+    p.add_argument('--eot', default='append', choices=('append', 'prepend', 'none'), help='where the end-of-text of a '
+                   'document goes. none: to continue Pythia on its own pre-shuffled Pile, which has no end-of-text; a '
+                   'token that the old model never trained would confound a forgetting curve')
+    p.add_argument('--val', type=float, help='share of the documents to hold out, chosen by a hash of the text; 0.05, or 0 '
+                   'with --val_files')
+    p.add_argument('--val_files', nargs='+', default=(), help="official validation files: all held out, and what equals one "
+                   'of their documents is left out of train')
+    p.add_argument('--keep_out', nargs='+', default=(), metavar='NAME', help="prepared sources whose validation documents "
+                   'are left out of train too')
+    p.add_argument('--text_field', default='text', help='of the objects or columns; dots lead inside: meta.text')
+    p.add_argument('--where', action='append', default=(), metavar='FIELD=VALUE,...', help='only documents with one of these '
+                   'values, as meta.pile_set_name=Github; several: all must hold')
+    p.add_argument('--by', metavar='FIELD', help='a source for each value, as meta.redpajama_set_name: NAME_commoncrawl, ...')
+    p.add_argument('--max_tokens', type=int, help='stop after the document that completes so many train tokens')
     p.add_argument('--shard_tokens', type=int, default=100_000_000)
+    p.add_argument('--workers', type=int, help='processes; default: one per core')
+    p.add_argument('--strict', action='store_true', help='stop at the first document that cannot be read')
     p.set_defaults(run=prepare)
     p = commands.add_parser('info', help='what shards hold')
     p.add_argument('shards', nargs='+')
@@ -1026,3 +1529,6 @@ if __name__ == '__main__':
     except (DataError, OSError) as error:
         print(f'data.py: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('data.py: stopped; the same command goes on', file=sys.stderr)
+        sys.exit(130)

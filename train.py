@@ -71,7 +71,7 @@ class Config:
     train_data: dict = field(default_factory=dict)    # new data {source: weight}
     replay_data: dict = field(default_factory=dict)   # old data {source: weight}
     replay: float = 0.0                 # share of the samples from replay_data; total tokens stay (Ibrahim et al. 2024)
-    replay_order: str = 'first-seen'    # as the first run saw them, or 'reshuffled'
+    replay_order: str = 'first-seen'    # as the first run saw them, 'reshuffled', or 'stored': as they are in the files
     switches: list = field(default_factory=list)      # [{'step': 900, 'train_data': {...}}]; with 'lr': 0.2 for 'step',
                                         # when the rate has fallen to a fifth of its peak (Parmar et al. 2024)
     max_epochs: dict = field(default_factory=dict)    # {source: epochs}; read so often, its share goes to the others
@@ -211,7 +211,7 @@ def check(cfg, origin, world):
                     'save_every')}
     problems = [f'{key} = {getattr(cfg, key)}: expected at least {low}'
                 for low, keys in at_least.items() for key in keys if not getattr(cfg, key) >= low]
-    choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled'), nonfinite=('stop', 'skip'),
+    choices = dict(model=('', *PYTHIA), replay_order=('first-seen', 'reshuffled', 'stored'), nonfinite=('stop', 'skip'),
                    device=('auto', 'cuda', 'mps', 'cpu'), dtype=('auto', 'bf16', 'fp16', 'fp32'))
     problems += [f'{key} = {getattr(cfg, key)!r}: expected one of {", ".join(map(repr, allowed))}'
                  for key, allowed in choices.items() if getattr(cfg, key) not in allowed]
@@ -450,9 +450,9 @@ def open_data(cfg, parent, mode, process):
     from_rank_0(None)                                   # the others wait for the files
     # The order in which an earlier stage saw a source depends on the seed it had then: take that along.
     keys = (parent or {}).get('keys', {})
-    if cfg.replay_order == 'reshuffled':
-        keys = {name: key for name, key in keys.items() if name not in cfg.replay_data}
-        keys |= {name: f'{cfg.seed}/reshuffled' for name in cfg.replay_data}
+    if cfg.replay_order != 'first-seen':
+        key = 'stored' if cfg.replay_order == 'stored' else f'{cfg.seed}/reshuffled'
+        keys = keys | {name: key for name in cfg.replay_data}
     train = {name: data.Source(name, data.find_shards(name, 'train', cfg.data_dir, cfg.paths), cfg.block_size,
                                key=keys.get(name, cfg.seed)) for name in sorted(names)}
     val = {name: data.Source(name, data.find_shards(name, 'val', cfg.data_dir, cfg.paths), cfg.block_size)
@@ -696,8 +696,9 @@ def train(cfg, origin, process, state):
     sources, val_sets = open_data(cfg, parent, mode, process)
     shards = [shard for source in sources.values() for shard in source.shards]
     shape = model_config(cfg, origin, parent, max(shard.vocab_size or 50304 for shard in shards))
-    data.check_compatible({f'{name}/train': s for name, s in sources.items()} |
-                          {f'{name}/val': s for name, (s, _) in val_sets.items()}, shape.vocab_size)
+    notes = data.check_compatible({f'{name}/train': s for name, s in sources.items()} |
+                                  {f'{name}/val': s for name, (s, _) in val_sets.items()}, shape.vocab_size)
+    say(*notes)
     prints = data.fingerprint(sources)
     if mode == 'resume' and (changed := [name for name in prints if prints[name] != state['data'].get(name)]):
         raise TrainError(f'the data have changed since the checkpoint: source {changed[0]!r} was '

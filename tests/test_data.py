@@ -127,6 +127,75 @@ def test_megatron_records_are_the_windows(tmp_path):
     assert len(other) == 44 // (T + 1)
 
 
+def pieces(folder, records, of, size):
+    """The files of a Megatron pair cut into pieces of `size` bytes, as Pythia's Pile is published."""
+    whole = Path(megatron(folder / 'document', records))
+    raw = whole.read_bytes()
+    whole.unlink()
+    files = [folder / f'document-{i:05d}-of-{of:05d}.bin' for i in range(-(-len(raw) // size))]
+    for i, file in enumerate(files):
+        file.write_bytes(raw[i * size:(i + 1) * size])
+    return list(map(str, files))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(T + 1, 200), st.booleans(), st.booleans())
+def test_pieces_of_a_megatron_file(tmp_path_factory, n, words, counts_from_zero, without_first):
+    """Each holds the whole records in it; together, all but those that a cut goes through. By record numbers here."""
+    folder, R = tmp_path_factory.mktemp('pieces'), T + 1
+    records = [range(1000 + R * i, 1000 + R * i + R) for i in range(n)]
+    count = -(-n * R // words)
+    files = pieces(folder, records, count - counts_from_zero, 2 * words)
+    if without_first and count > 2 and (counts_from_zero or count * words == n * R):
+        os.remove(files.pop(0))
+    for file in files:
+        k = int(Path(file).name[9:14])
+        whole = [r for i, r in enumerate(records) if k * words <= i * R and (i + 1) * R <= min((k + 1) * words, n * R)]
+        shard = open_shard(file)
+        assert shard.read(0, shard.count).tolist() == [token for record in whole for token in record]
+    if any(open_shard(file).count for file in files):
+        source = Source('pile', files, T, key='stored')
+        stored = [source.window(i).tolist() for i in source.order(range(2 * len(source)))]
+        inside = [list(r) for i, r in enumerate(records) if any(
+            int(Path(f).name[9:14]) == i * R // words == ((i + 1) * R - 1) // words for f in files)]
+        assert stored == inside * 2                             # as in the files, epoch after epoch
+
+
+def test_pieces_that_do_not_fit(tmp_path):
+    files = pieces(tmp_path, [range(T + 1)] * 40, 5, 2 * 75)
+    os.truncate(files[2], 120)
+    with pytest.raises(DataError, match=r'document-00002.*120 bytes, piece 2 of a file of 720 .* first piece has 150'):
+        open_shard(files[2])
+    megatron(tmp_path / 'uneven', [range(5), range(7)])
+    os.rename(tmp_path / 'uneven.bin', tmp_path / 'uneven-00000-of-00001.bin')
+    with pytest.raises(DataError, match='only pieces of equal records'):
+        open_shard(tmp_path / 'uneven-00000-of-00001.bin')
+    os.remove(tmp_path / 'document.idx')
+    with pytest.raises(DataError, match=r'document-00001.*whose .*document\.idx is missing'):
+        open_shard(files[1])
+
+
+def test_stored_order_through_a_mixture(shard):
+    """As stored, also over several shards, between other sources, and from any step on."""
+    sources = {'pile': Source('pile', [shard('a.bin', n=401), shard('b.bin', n=201)], T, key='stored'),
+               'new': Source('new', [shard('c.bin')], T)}
+    mixture = Mixture(sources, [(0, mix_weights({'new': 1}, {'pile': 1}, 0.25))])
+    starts = [x[0] for (name, _), x in zip(mixture.locate(range(400)), mixture.batch(range(400))[0].tolist()) if name == 'pile']
+    assert starts == [*range(0, 400, T), *range(0, 200, T), *range(0, 200, T)]
+    later = [x[0] for (name, _), x in zip(mixture.locate(range(200, 400)), mixture.batch(range(200, 400))[0].tolist())
+             if name == 'pile']
+    assert later == starts[50:]
+
+
+def test_a_note_where_only_some_sources_have_end_of_text(shard, tmp_path):
+    ours = Source('a', [shard('a.bin', eot=0)], T)
+    bare = Source('b', [megatron(tmp_path / 'b', [range(5, 500)])], T)
+    with_zeros = Source('c', [megatron(tmp_path / 'c', [[*range(5, 12), 0] * 50])], T)
+    assert data.check_compatible({'a': ours, 'c': with_zeros}, 65536) == data.check_compatible({'b': bare}, 65536) == []
+    (note,) = data.check_compatible({'a': ours, 'b/train': bare, 'c': with_zeros}, 65536)
+    assert 'no end-of-text (id 0) found in b/train, but' in note
+
+
 @pytest.mark.parametrize('content, expected', [
     (b'', 'empty'),
     (b'\x01\x02\x03', 'odd number'),
@@ -592,7 +661,7 @@ def test_corpora_hold_every_document_once(tmp_path_factory, texts, shard_tokens,
     assert a == b                                               # a document's side depends on nothing else
     assert sorted(t for part in a for t in part if t) == sorted(t + end for t in shuffled)
     assert not set(a[0]) & set(a[1]) - {''}
-    for shard in map(open_shard, (folder / 'a').iterdir()):
+    for shard in map(open_shard, (folder / 'a').glob('*.bin')):
         assert shard.tokenizer == data.tokenizer_hash('bytes') and (shard.vocab_size, shard.eot) == (257, 256)
         ids = shard.read(0, shard.count)
         assert shard.text_bytes == (ids < 256).sum() and ids[-1] == 256
@@ -684,9 +753,10 @@ def test_embedded_corpora(tmp_path, capsys):
     for corpus in ('docs', 'maths', 'docs_1of3', 'docs_2of3', 'docs_3of3', 'code'):
         one, three = (data.prepare_embedded(corpus, tmp_path / n, files=files, workers=int(n)) for n in '13')
         assert '2 of 12 files' in capsys.readouterr().out
-        shards = sorted(p.name for p in one.iterdir())
-        assert shards[0] == 'train_00000.bin' and shards == sorted(p.name for p in three.iterdir())
-        assert all((one / f).read_bytes() == (three / f).read_bytes() for f in shards)
+        files_made = sorted(p.name for p in one.iterdir())
+        shards = [name for name in files_made if name.endswith('.bin')]
+        assert shards[0] == 'train_00000.bin' and files_made == sorted(p.name for p in three.iterdir())
+        assert all((one / f).read_bytes() == (three / f).read_bytes() for f in files_made)
         documents = [d for f in shards for d in documents_in(one, f[:-10]) if d]
         assert len(set(documents)) == len(documents)
     assert any('lambda' in d for d in documents_in(tmp_path / '1' / 'docs', 'train'))
@@ -720,41 +790,6 @@ def cli(*args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def test_prepare_and_info(tmp_path):
-    texts = [f'document {i} on Größe\n' for i in range(60)]
-    lines = [json.dumps({'text': t}) for t in texts]
-    lines[10:10] = ['{"text": "cut off', '{"title": "no text"}', '{"text": 5}', '{"text": "\\ud800"}',
-                    '["x"]', '{"text": " "}']
-    (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
-    (tmp_path / 'b.txt').write_text('one text file', encoding='utf-8')
-    (tmp_path / 'c.txt').write_bytes(b'\xff\xfe latin')
-    run = cli('prepare', 'mine', 'a.jsonl', 'b.txt', 'c.txt', '--val=0.2', '--shard_tokens=500', cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert '7 documents left out' in run.stdout and 'a.jsonl:11: JSONDecodeError' in run.stdout
-    folder = tmp_path / 'data' / 'mine'
-    train, val = (list(filter(None, documents_in(folder, split))) for split in ('train', 'val'))
-    assert sorted(train + val) == sorted(t + '<|endoftext|>' for t in [*texts, 'one text file'])
-    assert len(list(folder.glob('train_*.bin'))) > 1 and 2 <= len(val) <= 30
-    run = cli('info', 'data/mine/train_00000.bin', cwd=tmp_path)
-    assert run.returncode == 0 and 'tokenizer bytes, vocabulary 257, end-of-text 256' in run.stdout
-    assert train[0] in run.stdout
-
-
-def test_a_killed_prepare_leaves_no_corpus(tmp_path):
-    lines = [json.dumps({'text': f'{i} text' * 20}) + '\n' for i in range(60_000)]
-    (tmp_path / 'a.jsonl').write_text(''.join(lines))
-    command = [sys.executable, str(ROOT / 'data.py'), 'prepare', 'mine', 'a.jsonl', '--shard_tokens=200000']
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while run.poll() is None and not list(tmp_path.glob('data/.mine.tmp*/train_00002.bin')):
-        time.sleep(0.005)
-    run.kill()
-    assert run.wait() == -9 and list(tmp_path.glob('data/.mine.tmp*'))
-    assert not (tmp_path / 'data' / 'mine').exists()
-    with pytest.raises(DataError, match='no train shards'):
-        data.find_shards('mine', 'train', tmp_path / 'data')
-    assert cli('prepare', 'mine', 'a.jsonl', cwd=tmp_path).returncode == 0
-
-
 def test_info_of_a_foreign_shard_shows_ids(tmp_path):
     np.array([50256, 15496, 995, 50256], '<u2').tofile(tmp_path / 'val.bin')
     run = cli('info', 'val.bin', cwd=tmp_path)
@@ -762,7 +797,7 @@ def test_info_of_a_foreign_shard_shows_ids(tmp_path):
 
 
 @pytest.mark.parametrize('args, expected', [
-    (('prepare', 'mine'), 'give .txt or .jsonl files'), (('prepare', 'mine', 'no.txt'), 'no.txt: not a'),
+    (('prepare', 'mine'), 'give files, folders or globs'), (('prepare', 'mine', 'no.txt'), 'no.txt: not a'),
     (('prepare', 'mine', 'a.pdf'), 'a.pdf: not a'), (('prepare', '../up', 'a.txt'), 'name must be'),
     (('prepare', 'mine', 'a.txt', '--val', '1.5'), 'val = 1.5'), (('prepare', 'full', 'a.txt'), 'exists'),
     (('prepare', 'mine', 'bad.jsonl'), 'none to train on'), (('info', 'a.txt'), 'plain text'),

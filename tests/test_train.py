@@ -564,6 +564,12 @@ def test_replay_reshuffled(config, batches):
     assert not np.array_equal(replayed, first[:12])
 
 
+def test_replay_as_stored(config, batches):
+    _, replayed = two_stages(config, batches, seed=5, replay_order='stored')
+    source = data.Source('old', data.find_shards('old', 'train', up_to(batches)), 32)
+    np.testing.assert_array_equal(replayed, [source.window(i) for i in range(12)])
+
+
 def test_replay_in_the_third_stage_remembers_the_first(config, batches):
     first, _ = two_stages(config, batches, seed=6)
     batches.clear()
