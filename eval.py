@@ -6,9 +6,12 @@
     python eval.py plot   RUN RUN ... [--out x.png] # loss on old and new data against tokens, learning rate below
         [--plane docs code]                         # or the final loss on new data against that on old data
     python eval.py sample RUN --prompt 'def '       # text from it
+    python eval.py bench  RUN --tasks hellaswag     # benchmarks, by lm-eval; --tasks papers: those of the papers
+    python eval.py export RUN DIR                   # a directory that transformers opens
 
-RUN is a run folder (its newest checkpoint) or a checkpoint. Runs named x_seed1, x_seed2, ... are one row of a table
-(mean +- standard deviation) and one line of a plot.
+RUN is a run folder (its newest checkpoint) or a checkpoint; where no training is looked at (loss, sample, bench,
+export), also a Hugging Face directory. Runs named x_seed1, x_seed2, ... are one row of a table (mean +- standard
+deviation) and one line of a plot.
 
 A validation set is a fixed list of windows. Its loss is in nats per token, its standard error from the spread
 between windows. With L(t) the loss of a set during a stage that starts at t = 0:
@@ -17,10 +20,12 @@ between windows. With L(t) the loss of a set during a stage that starts at t = 0
     adaptation to a new set     L(0) - L(end)                positive is better
     peak                        max over t of L(t) - L(0)    the bump of re-warming
 
-Shapes: B windows, T tokens of a window.
+Shapes: B windows or requests, T tokens of one, V vocab_size.
 """
 import argparse
 import contextlib
+import dataclasses
+import difflib
 import json
 import math
 import pickle
@@ -34,9 +39,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import data
-from model import GPTNeoX, GPTNeoXConfig, ModelError, check_tensors
+from model import GPTNeoX, GPTNeoXConfig, ModelError, check_tensors, load_hf, sample_token, save_hf
 
 
 class EvalError(ValueError):
@@ -81,12 +87,40 @@ def newest_checkpoint(run):
     return found[max(found)]
 
 
-def model_of(state, path):
-    """The GPTNeoX of the checkpoint read from path, on the CPU."""
+def load_run(run):
+    """(state, GPTNeoX on the CPU) of a run folder's newest checkpoint, of a checkpoint or a Hugging Face directory.
+
+    The latter's state is that of a run without data.
+    """
+    if Path(run, 'config.json').is_file() and not (checkpoints(run) or Path(run, 'metrics.jsonl').exists()):
+        model = load_hf(run)
+        config = {'data_dir': 'data', 'paths': {}, 'val_data': [], 'eval_windows': 0}
+        return {'step': 0, 'config': config, 'model': dataclasses.asdict(model.config), 'tokenizer': None}, model
+    state = read_checkpoint(newest_checkpoint(run))
     model = GPTNeoX(GPTNeoXConfig(**state['model']))
-    check_tensors(state['weights'], model.state_dict(), path)
+    check_tensors(state['weights'], model.state_dict(), run)
     model.load_state_dict(state['weights'])
-    return model
+    return state, model
+
+
+def find_tokenizer(run, state, spec):
+    """(Tokenizer, {name: Path} of its files): what `spec` (--tokenizer) names, else the run's own, from its folder."""
+    folder = Path(run).resolve()                        # absolute: no folder is mistaken for 'gpt2'
+    name, where = state['tokenizer'], str(spec or (folder if folder.is_dir() else folder.parent))
+    try:
+        tokenizer, files = data.get_tokenizer(where), data.tokenizer_files(where)
+    except data.DataError:
+        if spec:
+            raise
+        tokenizer = None
+    if not spec and name and (not tokenizer or tokenizer.name != name):
+        tokenizer, files = data.find_tokenizer(name), {}            # bytes and gpt2, which need none
+    if not tokenizer:
+        raise EvalError(f'{run}: does not say which tokenizer it was trained with; name it: --tokenizer FOLDER')
+    if tokenizer.vocab_size > (rows := state['model']['vocab_size']):
+        raise EvalError(f'{run}: the model has {rows:,} ids, the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}; '
+                        'name the one it was trained with: --tokenizer FOLDER')
+    return tokenizer, files
 
 
 # -----------------------------------------------------------------------------
@@ -436,20 +470,141 @@ def report(folder):
 
 
 # -----------------------------------------------------------------------------
+# Benchmarks, by EleutherAI's lm-evaluation-harness (pip install lm-eval)
+
+# {list: {examples before a question: tasks}}, as Ibrahim et al. 2024, in English and in German translation. Parmar et
+# al. 2024 took MMLU, HellaSwag, MGSM and HumanEval; the last runs what a model writes, which lm-eval does on request.
+PAPERS = {'papers': {0: ['hellaswag', 'arc_challenge', 'arc_easy', 'boolq', 'mathqa', 'openbookqa', 'piqa',
+                         'winogrande', 'truthfulqa_mc1', 'truthfulqa_mc2'], 5: ['mmlu', 'nq_open', 'triviaqa']},
+          'papers-german': {0: ['hellaswag_de', 'arc_de', 'truthfulqa_de_mc1', 'truthfulqa_de_mc2'], 5: ['m_mmlu_de']}}
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+@torch.no_grad()
+def score(model, requests, batch, autocast):
+    """[(context ids, continuation ids), ...] -> [(log-probability in nats, whether it is the likeliest), ...].
+
+    Of the continuation after its context, which loses its beginning where it is too long. Padding stands on the right,
+    where a causal model does not see it. The softmax is over all rows of the vocabulary, as in training.
+    """
+    block, device = model.config.max_position_embeddings, model.cos.device
+    results, same, cut = [None] * len(requests), {}, 0      # same: answers A to D of a question share one input
+    for i, (context, continuation) in enumerate(requests):
+        if len(continuation) > block:
+            raise EvalError(f'a text of {len(continuation)} tokens is to be scored as one, the block size is {block}')
+        cut += len(context) + len(continuation) > block + 1
+        same.setdefault(tuple((context + continuation)[-block - 1:-1]), []).append(i)
+    if cut:
+        print(f'{cut:,} of {len(requests):,} contexts cut to the block size {block}, at the front', file=sys.stderr)
+    inputs = sorted(same, key=len, reverse=True)        # what does not fit in memory fails at once
+    for start in tqdm(range(0, len(inputs), batch), desc='scoring', unit='batch', disable=None):
+        rows = inputs[start:start + batch]
+        idx = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)                        # (B, T)
+        for row, ids in zip(idx, rows):
+            row[:len(ids)] = torch.tensor(ids)
+        with autocast:
+            logits, _ = model(idx.to(device))                                               # (B, T, V)
+        for ids, row in zip(rows, logits):
+            for i in same[ids]:
+                wanted = torch.tensor(requests[i][1], dtype=torch.long, device=device)      # (n)
+                logp = row[len(ids) - len(wanted):len(ids)].float().log_softmax(dim=-1)     # (n, V)
+                results[i] = (logp.gather(1, wanted[:, None]).sum().item(), bool((logp.argmax(-1) == wanted).all()))
+    return results
+
+
+@torch.no_grad()
+def complete(model, tokenizer, contexts, settings, autocast):
+    """The texts that follow contexts (B, T), up to end-of-text or a stop of lm-eval's settings."""
+    until = [*filter(None, settings['until']), tokenizer.decode([tokenizer.eot])]
+    sampling = {'temperature': settings.get('temperature', 1.0) if settings['do_sample'] else 0.0,
+                'top_k': settings.get('top_k') or None, 'top_p': settings.get('top_p')}
+    cache, fed, rows = model.new_cache(), torch.tensor(contexts, device=model.cos.device), [[] for _ in contexts]
+    for _ in range(settings['max_gen_toks']):
+        with autocast:
+            logits, _ = model(fed, cache=cache)
+        fed = sample_token(logits[:, -1], **sampling)                                       # (B, 1)
+        for row, (token,) in zip(rows, fed.tolist()):
+            row += [token] * (token < tokenizer.vocab_size)                                 # no padding row
+        texts = [tokenizer.decode(row) for row in rows]
+        if all(any(stop in text for stop in until) for text in texts):
+            break
+    for stop in until:
+        texts = [text.split(stop)[0] for text in texts]
+    return texts
+
+
+def harness_model(model, tokenizer, batch, autocast):
+    """The model as one of lm-eval's, which asks in texts. It answers as lm-eval's own `hf` model, to rounding."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    block = model.config.max_position_embeddings
+
+    class Adapter(TemplateLM):
+        eot_token_id = tokenizer.eot                    # also what comes before a text without context
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            # lm-eval moves spaces at the end of a context to the continuation, and may leave nothing.
+            return score(model, [(before or [tokenizer.eot], after) for _, before, after in requests], batch, autocast)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            windows, totals = [], [0.0] * len(requests)
+            for i, request in enumerate(requests):
+                parts = get_rolling_token_windows(self.tok_encode(*request.args), tokenizer.eot, block, 1)
+                windows += [(i, make_disjoint_window(part)) for part in parts]
+            for (i, _), (logp, _) in zip(windows, score(model, [w for _, w in windows], batch, autocast)):
+                totals[i] += logp
+            return totals
+
+        def generate_until(self, requests, disable_tqdm=False):
+            alike, texts = {}, {}                       # alike: of one length, so that none is padded, and one setting
+            for i, (context, settings) in enumerate(request.args for request in requests):
+                settings = normalize_gen_kwargs(settings)
+                if (room := block - (n := settings['max_gen_toks'])) < 1:
+                    raise EvalError(f'{n} tokens are to be generated: no room for a context in the block size {block}')
+                ids = self.tok_encode(context)[-room:] or [tokenizer.eot]
+                alike.setdefault((len(ids), str(settings)), []).append((i, ids, settings))
+            groups = [group[k:k + batch] for group in alike.values() for k in range(0, len(group), batch)]
+            for group in tqdm(groups, desc='generating', unit='batch', disable=None):
+                owners, contexts, (settings, *_) = zip(*group)
+                texts |= zip(owners, complete(model, tokenizer, contexts, settings, autocast))
+            return [texts[i] for i in range(len(requests))]
+
+    return Adapter()
+
+
+def find_tasks(names, include_path):
+    """lm-eval's TaskManager that knows these tasks: of the files in include_path alone when they suffice."""
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):        # its own are 14,000, and take seconds to list
+        manager = TaskManager(include_path=include_path)
+    for name in (name for name in names if name not in manager.all_tasks):
+        near = ', '.join(difflib.get_close_matches(name, [*PAPERS, *manager.all_tasks], 3)) or 'nothing'
+        raise EvalError(f'--tasks {name}: unknown to lm-eval; near it: {near}. One of your own: --include_path FOLDER')
+    return manager
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def open_run(run, args):
     """(checkpoint, its model, {name: (Source, windows)}) of a run, for the commands that evaluate one."""
     if args.windows is not None and args.windows < 0:
         raise EvalError(f'--windows {args.windows}: expected 0 (all) or more')
-    state = read_checkpoint(newest_checkpoint(run))
+    state, model = load_run(run)
     config, block = state['config'], state['model']['max_position_embeddings']
     data_dir, names = args.data_dir or config['data_dir'], args.sets or config['val_data']
+    if not names:
+        raise EvalError(f'{run}: names no validation sets; give some: --sets docs code')
     sources = {name: data.Source(name, data.find_shards(name, 'val', data_dir, config['paths']), block)
                for name in names}
     data.check_compatible(sources, state['model']['vocab_size'])
     n = config['eval_windows'] if args.windows is None else args.windows
-    return state, model_of(state, run).to(args.device), {k: (s, data.val_windows(s, n)) for k, s in sources.items()}
+    return state, model.to(args.device), {k: (s, data.val_windows(s, n)) for k, s in sources.items()}
 
 
 def loss_command(args):
@@ -457,7 +612,8 @@ def loss_command(args):
     for run in args.runs:
         state, model, val_sets = open_run(run, args)
         print(f'{run}, step {state["step"]:,}')
-        for name, row in evaluate(model, val_sets, 16, contextlib.nullcontext()).items():
+        batch = max(1, 4096 // state['model']['max_position_embeddings'])   # of 4096 tokens, logits of Pythia: 0.8 GB
+        for name, row in evaluate(model, val_sets, batch, contextlib.nullcontext()).items():
             bpb = f'{row["bpb"]:.4f} bits per byte' if row['bpb'] else 'bytes unknown'
             print(f'  {name:<16} {row["loss"]:.4f} ± {row["se"] or math.nan:.4f} nats per token   '
                   f'perplexity {row["ppl"]:.3f}   {bpb}   {len(val_sets[name][1])} windows')
@@ -481,17 +637,71 @@ def plot_command(args):
 
 
 def sample_command(args):
-    state = read_checkpoint(newest_checkpoint(args.run))
-    if state['tokenizer'] not in data.TOKENIZERS:
-        raise EvalError(f'{args.run}: was trained on tokens of {state["tokenizer"] or "an unknown tokenizer"}; '
-                        f'there are: {", ".join(data.TOKENIZERS)}')
-    tokenizer, model = data.TOKENIZERS[state['tokenizer']], model_of(state, args.run).to(args.device)
+    state, model = load_run(args.run)
+    tokenizer, _ = find_tokenizer(args.run, state, args.tokenizer)
+    model.to(args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     # A document follows an end-of-text, and so does the prompt.
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]], device=args.device)
     for _ in range(args.samples):
         text = model.generate(ids, args.tokens, args.temperature, args.top_k, args.top_p, generator)[0, 1:].tolist()
         print(tokenizer.decode([t for t in text if t < tokenizer.vocab_size]), '\n' + '-' * 80)
+
+
+def bench_command(args):
+    """Prints lm-eval's table, and keeps all that it reports."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.utils import handle_non_serializable, make_table
+    except ImportError:
+        raise EvalError('bench needs a package that is not installed: pip install lm-eval')
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise EvalError(f'--out {args.out}: there is no such folder')
+    plan = {}                                           # {shots: tasks}; None: as the task says
+    for name in args.tasks:
+        for shots, tasks in PAPERS.get(name, {None: [name]}).items():
+            plan.setdefault(shots if args.num_fewshot is None else args.num_fewshot, []).extend(tasks)
+    manager = find_tasks(sum(plan.values(), []), args.include_path)
+    state, model = load_run(args.run)
+    tokenizer, _ = find_tokenizer(args.run, state, args.tokenizer)
+    autocast = torch.autocast(torch.device(args.device).type, DTYPES[args.dtype], enabled=args.dtype != 'fp32')
+    lm, results = harness_model(model.to(args.device), tokenizer, args.batch_size, autocast), {}
+    for shots, tasks in plan.items():
+        part = simple_evaluate(lm, tasks=tasks, num_fewshot=shots, limit=args.limit, task_manager=manager,
+                               log_samples=False)
+        results |= {key: results.get(key, {}) | x if isinstance(x, dict) else x for key, x in part.items()}  # by task
+    print(*(make_table(results, column) for column in ('results', 'groups') if results.get(column)), sep='\n')
+    if args.out:
+        made_by = {'command': ' '.join(sys.argv), 'step': state['step'], 'tokenizer': tokenizer.name}
+        results['run'] = vars(args) | made_by
+        text = json.dumps(results, indent=1, default=handle_non_serializable)       # with the versions of all packages
+        Path(args.out).write_text(text + '\n')
+
+
+def export_command(args):
+    """Writes a Hugging Face directory with the tokenizer's files, if there are any."""
+    state, model = load_run(args.run)
+    eot, files = 0, {}
+    try:
+        tokenizer, files = find_tokenizer(args.run, state, args.tokenizer)
+        eot = tokenizer.eot
+    except (EvalError, data.DataError) as error:
+        if args.tokenizer:
+            raise
+        print(error)
+    files = {name: path.read_bytes() for name, path in files.items()}
+    if 'tokenizer.json' in files:                       # AutoTokenizer does not open it without the other
+        end = tokenizer.decode([eot])
+        settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': end, 'eos_token': end}
+        files.setdefault('tokenizer_config.json', json.dumps(settings).encode())
+    else:
+        print(f'{args.dir} gets no tokenizer.json: there is none')
+    if not all(p.isfinite().all() for p in model.to(DTYPES[args.dtype]).parameters()):
+        raise EvalError(f'--dtype {args.dtype}: some weights are too large for it; take bf16 or fp32')
+    save_hf(model, args.dir, eot, files)
+    written = {file.name: file.stat().st_size for file in sorted(Path(args.dir).iterdir())}
+    print(f'{args.dir}: {model.num_params():,} parameters in {args.dtype}, {sum(written.values()) / 1e9:.3g} GB: '
+          f'{", ".join(written)}')
 
 
 def main(argv):
@@ -516,17 +726,33 @@ def main(argv):
         else:
             p.add_argument('--plane', nargs=2, metavar=('OLD', 'NEW'), help='final loss on one set against the other')
         p.set_defaults(command=command)
-    p = commands.add_parser('sample', help='generate text')
-    p.add_argument('run')
-    p.add_argument('--prompt', default='')
-    p.add_argument('--tokens', type=int, default=300)
-    p.add_argument('--samples', type=int, default=1)
-    p.add_argument('--temperature', type=float, default=0.8)
-    p.add_argument('--top_k', type=int)
-    p.add_argument('--top_p', type=float)
-    p.add_argument('--seed', type=int, default=1337)
-    p.add_argument('--device', default=device)
-    p.set_defaults(command=sample_command)
+    for name, command, what in (('sample', sample_command, 'generate text'), ('bench', bench_command, 'benchmarks'),
+                                ('export', export_command, 'write a Hugging Face directory')):
+        p = commands.add_parser(name, help=what)
+        p.add_argument('run')
+        p.add_argument('--tokenizer', metavar='SPEC', help='tokenizer.json, folder with one, gpt2 or bytes')
+        if name == 'sample':
+            p.add_argument('--prompt', default='')
+            p.add_argument('--tokens', type=int, default=300)
+            p.add_argument('--samples', type=int, default=1)
+            p.add_argument('--temperature', type=float, default=0.8)
+            p.add_argument('--top_k', type=int)
+            p.add_argument('--top_p', type=float)
+            p.add_argument('--seed', type=int, default=1337)
+        elif name == 'bench':
+            p.add_argument('--tasks', nargs='+', required=True, help=f"lm-eval's names, or {' or '.join(PAPERS)}")
+            p.add_argument('--num_fewshot', type=int, help='examples before a question (default: as task or paper)')
+            p.add_argument('--limit', type=int, help='questions of each task (default: all)')
+            p.add_argument('--include_path', metavar='FOLDER', help='tasks of your own, .yaml')
+            p.add_argument('--batch_size', type=int, default=16)
+            p.add_argument('--out', metavar='FILE.json')
+        if name == 'export':
+            p.add_argument('dir')
+        else:
+            p.add_argument('--device', default=device)
+        if name != 'sample':
+            p.add_argument('--dtype', choices=DTYPES, default='fp32')
+        p.set_defaults(command=command)
     args = parser.parse_args(argv)
     try:
         args.command(args)

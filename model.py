@@ -424,6 +424,8 @@ PLAIN_FIELDS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention
 def load_hf(path):
     """Read a Hugging Face directory of a GPTNeoXForCausalLM -> GPTNeoX with float32 parameters, on the CPU.
 
+    float32 whatever the files hold: a training step of 1e-4 of a weight is below half the spacing of bfloat16 (at
+    least 2^-8 of it) and float16 numbers (2^-11), and would be rounded away. Memory: 4 bytes a parameter and one file.
     Nothing in it is executed. Raises ModelError for what is missing, damaged or of another architecture.
     """
     path = Path(path)
@@ -433,8 +435,7 @@ def load_hf(path):
     if 'embed_out.weight' not in tensors and 'lm_head.weight' in tensors:      # transformers 5 in memory
         tensors['embed_out.weight'] = tensors.pop('lm_head.weight')
     check_tensors(tensors, model.state_dict(), path)
-    # A copy even of float32: the tensor of a safetensors file may be the mapped file itself.
-    model.load_state_dict({k: t.to(torch.float32, copy=True) for k, t in tensors.items()}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.cos, model.sin = rotary_tables(model.config)
     return model
 
@@ -482,7 +483,7 @@ def read_hf_config(file):
 
 
 def read_hf_tensors(path):
-    """All tensors of a model directory {name: tensor}, from the first of the four forms that is there."""
+    """All tensors of a model directory {name: tensor}, from the first of the four forms that is there, as float32."""
     for whole in ('model.safetensors', 'pytorch_model.bin'):
         index = path / f'{whole}.index.json'
         if (path / whole).exists():
@@ -511,22 +512,27 @@ def read_shards(index):
 
 
 def read_tensor_file(file):
-    """One .safetensors or .bin file {name: tensor}; pickles by weights_only=True, so that none runs code."""
+    """One .safetensors or .bin file {name: tensor}; pickles by weights_only=True, so that none runs code.
+
+    Floating-point tensors become float32, each given up as it is converted, before the next file is read.
+    """
     try:
-        if file.suffix == '.safetensors':
-            return safetensors.torch.load_file(file)
-        tensors = torch.load(file, map_location='cpu', weights_only=True)
+        tensors = (safetensors.torch.load_file(file) if file.suffix == '.safetensors' else
+                   torch.load(file, map_location='cpu', weights_only=True))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f'{file}: damaged, cut short, or holds more than tensors ({reason}); get it again')
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise ModelError(f'{file}: expected a dictionary of tensors')
-    return tensors
+    # A copy even of float32: the tensor of a safetensors file may be the mapped file itself.
+    return {name: t.to(torch.float32, copy=True) if t.is_floating_point() else t
+            for name in list(tensors) for t in [tensors.pop(name)]}
 
 
-def save_hf(model, path):
+def save_hf(model, path, eot=0, beside=None):
     """Write config.json and model.safetensors into the new or empty directory `path` (transformers 4 and 5).
 
+    In the type of the model's parameters. eot: id of end-of-text; beside: {name: bytes} of a tokenizer's files.
     All or nothing: written into a temporary directory beside it, then renamed.
     """
     path = Path(path)
@@ -537,7 +543,7 @@ def save_hf(model, path):
            **{name: getattr(config, name) for name in PLAIN_FIELDS},
            # The old names: transformers 5 reads them too, transformers 4 does not know the new ones.
            'rotary_pct': config.rotary_pct, 'rotary_emb_base': config.rotary_emb_base,
-           'tie_word_embeddings': False, 'bos_token_id': 0, 'eos_token_id': 0,
+           'tie_word_embeddings': False, 'bos_token_id': eot, 'eos_token_id': eot,
            'torch_dtype': str(model.embed_out.weight.dtype).removeprefix('torch.')}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
@@ -545,6 +551,8 @@ def save_hf(model, path):
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
         safetensors.torch.save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         (partial / 'config.json').write_text(json.dumps(raw, indent=2) + '\n', encoding='utf-8')
+        for name, content in (beside or {}).items():
+            (partial / name).write_bytes(content)
         partial.chmod(0o755)                                        # mkdtemp gives it to its owner alone
         if path.exists():
             path.rmdir()                                        # it is empty; Windows does not rename onto it

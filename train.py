@@ -374,9 +374,16 @@ def is_finished(cfg):
 
 
 def model_config(cfg, origin, parent, vocab_size):
-    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'."""
+    """The shape of the model: its parent's, else that of a Pythia size, else the knobs'.
+
+    init_from may name the other GELU, which no weight depends on: released Pythia configs say erf, gpt-neox trained
+    them with tanh (its bias_gelu_fusion).
+    """
     if parent:
         shape = GPTNeoXConfig(**parent['model'])
+        if cfg.init_from and origin['hidden_act'] != 'default' and cfg.hidden_act != shape.hidden_act:
+            say(f'hidden_act: {shape.hidden_act!r} in {cfg.init_from}, {cfg.hidden_act!r} from here on')
+            shape = dataclasses.replace(shape, hidden_act=cfg.hidden_act)
         wanted = {key: getattr(cfg, key) for key in SHAPE if origin[key] != 'default'}
         wanted |= {key: getattr(GPTNeoXConfig.pythia(cfg.model), key) for key in SHAPE[:3]} if cfg.model else {}
         differ = [f'{key}: {getattr(shape, key)!r} there, {value!r} in the config' for key, value in wanted.items()
@@ -489,6 +496,17 @@ def describe_data(mixture, phases, total, rows):
         lines.append(line)
     return '\n'.join(lines + [f'starts at step {start // rows:,}: ' + ', '.join(
         f'{name} {float(Fraction(w)):.4g}' for name, w in weights.items()) for start, weights in phases[1:]])
+
+
+def against_chance(val, vocab_size):
+    """What the losses of loaded weights, before the first step, say of the loading itself."""
+    losses, chance = {name: row['loss'] for name, row in val.items()}, math.log(vocab_size)
+    text = (f'the loaded weights, before the first step: {", ".join(f"{name} {x:.2f}" for name, x in losses.items())} '
+            f'nats per token (chance, ln {vocab_size}: {chance:.2f})')
+    if not any(x < chance - 1 for x in losses.values()):        # data in a new language may lie there; old data do not
+        text += ('\nWARNING: on no validation set are they a nat better than chance. Are the data prepared with their '
+                 'tokenizer? Are the files whole? Is what they were trained on in val_data?')
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -626,6 +644,20 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     return model, forward, optimizer, scaler
 
 
+def keep_tokenizer(cfg, tokenizer, shards):
+    """Copy the tokenizer's files into out_dir, where eval.py looks: from beside the shards, or from the parent."""
+    folders = [Path(shard.path).parent for shard in shards]
+    if name := parent_name(cfg):
+        path = Path(upstream(cfg)[0].out_dir if name.endswith('.py') else name)
+        folders += [path if path.is_dir() else path.parent]
+    for folder in map(os.path.abspath, dict.fromkeys(folders)):        # absolute: no folder is mistaken for 'gpt2'
+        with contextlib.suppress(data.DataError):       # most folders hold none
+            if tokenizer in (None, data.get_tokenizer(folder).name):
+                for file, path in data.tokenizer_files(folder).items():
+                    shutil.copyfile(path, Path(cfg.out_dir, file))
+                return
+
+
 def announce(cfg, origin, derived, lr, mixture):
     """Print the run that is about to start and keep it in config.json."""
     given, (total, rows) = dataclasses.asdict(cfg), (cfg.max_steps * rows_per_step(cfg), rows_per_step(cfg))
@@ -710,6 +742,7 @@ def train(cfg, origin, process, state):
         if mode != 'resume':                            # what overwrite gives up, now that all else is known to be well
             for path in [*checkpoints(cfg.out_dir).values(), *Path(cfg.out_dir).glob('*.corrupt')]:
                 path.unlink()
+        keep_tokenizer(cfg, tokenizer, shards)
         announce(cfg, origin, derived, lr, mixture)
         record = Record(cfg, first_step if mode == 'resume' else 0)
     bar = tqdm(total=cfg.max_steps, initial=first_step, desc=Path(cfg.out_dir).name, unit='step', mininterval=0.5,
@@ -731,6 +764,8 @@ def train(cfg, origin, process, state):
             if val is not None and rank == 0:
                 record.write('eval', step=step, tokens=step * tokens_per_step, lr=lr(step), val=val)
                 bar.write(f'step {step:,}: ' + '  '.join(f'{name} {row["loss"]:.4f}' for name, row in val.items()))
+                if mode == 'init_from' and step == first_step and val:
+                    bar.write(against_chance(val, shape.vocab_size))
         if step == cfg.max_steps or stop:
             break
 

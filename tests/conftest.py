@@ -47,6 +47,22 @@ def corpora(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def bpe(tmp_path_factory):
+    """A folder with a small tokenizer.json of GPT-NeoX's structure, trained here: NFC, byte level, runs of spaces."""
+    tokenizers = pytest.importorskip('tokenizers', reason='it trains the tokenizer')
+    tokenizer, folder = tokenizers.Tokenizer(tokenizers.models.BPE()), tmp_path_factory.mktemp('bpe')
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(make_documents('abcdefghij', 1), tokenizers.trainers.BpeTrainer(
+        vocab_size=340, special_tokens=['<|endoftext|>', '<|padding|>'], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens([tokenizers.AddedToken(' ' * n, normalized=True) for n in range(24, 1, -1)])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    return folder
+
+
 @pytest.fixture
 def config(tmp_path, corpora, monkeypatch):
     """config('a', key=value, ...) writes a.py in an empty working directory, out_dir 'out/a', and gives its name.
