@@ -259,9 +259,6 @@ def find_tokenizer(name, folders=()):
                     'tokenizer.json is: --tokenizer FOLDER.')
 
 
-TOKENIZERS = {BYTES.name: BYTES}
-
-
 def tokenizer_hash(name):
     """31 bits that stand for a tokenizer in a header; never 0, which means unknown."""
     return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), 'little') >> 1 or 1
