@@ -105,8 +105,9 @@ def whole(path, rounds, sizes, parent):
     result = {}
     for key, rows in found.items():
         speeds, peaks = zip(*rows)
-        result[key] = {'mb_per_s': round(statistics.median(speeds), 2), 'peak_mb_first': round(max(p[0] for p in peaks)),
-                       'peak_mb_worker': round(max(p[1] for p in peaks))}
+        first, worker = map(max, zip(*peaks))
+        result[key] = {'mb_per_s': round(statistics.median(speeds), 2), 'peak_mb_first': round(first),
+                       'peak_mb_worker': round(worker)}
         print(key, result[key])
     return result
 
