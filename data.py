@@ -8,8 +8,9 @@ The loader has no state to save. All follows from the number g of a sample, coun
 so a resumed run needs its step only, and any number of processes or micro-batches sees the same samples in
 the same step. Nothing is drawn at random; nothing but a list of shards grows with the corpus.
 
-    python data.py prepare docs                     # an embedded corpus: docs (English) or code (Python)
+    python data.py prepare docs                     # an embedded corpus: docs (English), code (Python), ...
     python data.py prepare mine notes.jsonl a.txt   # your text, to train and val shards in data/mine
+    python data.py prepare slim raw/slim --tokenizer weights/pythia-410m --by meta.redpajama_set_name
     python data.py info data/mine/*.bin
 
 Shapes: B rows of a batch, T = block_size tokens of a row; a window is T + 1 tokens (inputs, shifted targets).
@@ -258,9 +259,6 @@ def find_tokenizer(name, folders=()):
                     'tokenizer.json is: --tokenizer FOLDER.')
 
 
-TOKENIZERS = {BYTES.name: BYTES}
-
-
 def tokenizer_hash(name):
     """31 bits that stand for a tokenizer in a header; never 0, which means unknown."""
     return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), 'little') >> 1 or 1
@@ -329,8 +327,9 @@ def token_type(vocab_size):
 
 def _header(count, vocab_size, eot, tokenizer, text_bytes):
     magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == token_type(vocab_size))
-    words = [magic, FORMATS[magic][0], count, token_type(vocab_size).itemsize, vocab_size, 0 if eot is None else eot + 1,
-             tokenizer_hash(tokenizer) if tokenizer else 0, text_bytes % 2 ** 31, text_bytes >> 31]
+    words = [magic, FORMATS[magic][0], count, token_type(vocab_size).itemsize, vocab_size,
+             0 if eot is None else eot + 1, tokenizer_hash(tokenizer) if tokenizer else 0,
+             text_bytes % 2 ** 31, text_bytes >> 31]
     return np.array(words, '<i4').tobytes().ljust(HEADER_BYTES, b'\0')
 
 
@@ -361,9 +360,9 @@ def open_shard(path):
     """A Shard, from a file's header and size alone; its tokens stay unread.
 
     Opens llm.c shards (ours too), headerless uint16 files as nanoGPT writes, and GPT-NeoX (Megatron) .bin
-    with an .idx beside it; also one piece X-00003-of-00020.bin of a big one, as Pythia's Pile comes, with X.idx beside:
-    the whole records in it, for those that a cut between pieces goes through are in none. DataError for anything
-    else, and for sizes that do not agree.
+    with an .idx beside it; also a piece X-00003-of-00020.bin of a big one, as Pythia's Pile comes, with X.idx beside:
+    the whole records in it. A record that the cut between two pieces goes through is in none. DataError for
+    anything else, and for sizes that do not agree.
     """
     path = str(path)
     try:
@@ -426,12 +425,13 @@ def _open_megatron(path, index, size):
 
 def _open_piece(path, size, piece, count, dtype, record):
     # All pieces are as long as the first, but for the last; they are cut by bytes, wherever a record may be.
-    first, total, k, last = path[:piece.start()] + f'-00000-of-{piece[2]}.bin', count * dtype.itemsize, *map(int, piece.groups())
+    first, total = path[:piece.start()] + f'-00000-of-{piece[2]}.bin', count * dtype.itemsize
+    k, last = map(int, piece.groups())
     own = os.path.getsize(first) if os.path.exists(first) else size
     start = total - size if k == last else k * own
     if not record or start != k * own and os.path.exists(first) or size != min(own, total - start):
-        raise DataError(f'{path}: {size:,} bytes, piece {k} of a file of {total:,} bytes in records of {record} tokens as its '
-                        f'.idx says, where the first piece has {own:,}. Copy it again; only pieces of equal records open.')
+        raise DataError(f'{path}: {size:,} bytes, piece {k} of a file of {total:,} bytes in records of {record} tokens '
+                        f'(.idx), whose first piece has {own:,}. Copy it again; only pieces of equal records open.')
     skip = -start % (record * dtype.itemsize)
     records = (size - skip) // (record * dtype.itemsize)
     return Shard(path, 'Megatron', skip, dtype, records * record, record=record)
@@ -458,12 +458,14 @@ def _not_headerless(head, size):
 # What the big configs train on: how to get it (huggingface_hub's command-line tool) and prepare it.
 DOWNLOADS = {
     'pile': """hf download monology/pile-uncopyrighted --repo-type dataset --local-dir raw/pile
-zstd -d --rm raw/pile/train/*.zst
-python data.py prepare pile raw/pile/train/*.jsonl --val 0.001 --data_dir {data_dir}""",
+hf download EleutherAI/pythia-410m tokenizer.json tokenizer_config.json --local-dir weights/pythia-410m
+python data.py prepare pile raw/pile/train --val_files raw/pile/val.jsonl.zst --tokenizer weights/pythia-410m \\
+    --data_dir {data_dir}""",
     'slimpajama': """hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk[1-5]/*' \\
-    --local-dir raw/slimpajama
-zstd -d --rm -r raw/slimpajama
-python data.py prepare slimpajama raw/slimpajama/train/*/*.jsonl --val 0.001 --data_dir {data_dir}""",
+    'validation/chunk1/*' --local-dir raw/slimpajama
+hf download EleutherAI/pythia-410m tokenizer.json tokenizer_config.json --local-dir weights/pythia-410m
+python data.py prepare slimpajama raw/slimpajama/train --val_files raw/slimpajama/validation \\
+    --tokenizer weights/pythia-410m --data_dir {data_dir}""",
 }
 
 
@@ -514,7 +516,8 @@ class Source:
 
     Windows start T tokens apart: neighbours share one token, and each token is a target at most once. Where a
     Megatron file's records all have T + 1 tokens (Pythia's pre-shuffled Pile), its records are the windows.
-    key: seed of the order, or 'stored': as in the files, each epoch. vocab_size: the model's; ids at or past it, or the shards' own, are errors.
+    key: seed of the order, or 'stored': the order of the files, in every epoch. vocab_size: the model's; ids at or past
+    it, or the shards' own, are errors.
     """
 
     def __init__(self, name, files, block_size, *, key=0, vocab_size=None):
@@ -609,8 +612,8 @@ def check_compatible(sources, vocab_size):
             without.append(label)
     if eot is None or not without:
         return []
-    return [f'NOTE: no end-of-text (id {eot}) found in {", ".join(without)}, but between the documents of other sources: '
-            'a token that a model never trained confounds a forgetting curve. See --eot in: python data.py prepare --help']
+    return [f'NOTE: no end-of-text (id {eot}) found in {", ".join(without)}, but other sources have it: a token that a '
+            'model never trained confounds a forgetting curve. See --eot in python data.py prepare --help']
 
 
 def fingerprint(sources):
@@ -866,14 +869,15 @@ class Writer:
 
     def _end_shard(self, source, split):
         n = self.counts[f'{source}/{split}']
-        path = self.folder / source / f'{split}_{n["shards"]:05d}.part'
-        with self.files.pop(path) as file:
+        with self._file(source, f'{split}_{n["shards"]:05d}') as file:
             file.seek(0)
             file.write(_header(n['open_tokens'], self.tokenizer.vocab_size, self.eot,
                                self.tokenizer.name, n['open_bytes']))
             file.flush()
             os.fsync(file.fileno())
+        path = Path(file.name)
         path.rename(path.with_suffix('.bin'))
+        del self.files[path]
         n.update(shards=n['shards'] + 1, open_tokens=0, open_bytes=0)
 
     def sync(self):
@@ -889,7 +893,7 @@ class Writer:
         return np.unique(np.concatenate([np.empty(0, '<u8'), *found]))
 
     def finish(self, about, files):
-        """End all shards. Beside them: the hashes, `files` {name: Path}, and summary.json of `about` and the counts."""
+        """End all shards. Beside them: the hashes, `files` {name: Path}, and a summary: `about` and the counts."""
         sources = sorted({stream.split('/')[0] for stream in self.counts})
         for source in sources:
             splits = {}
@@ -903,9 +907,10 @@ class Writer:
             for name, path in files.items():
                 shutil.copyfile(path, self.folder / source / name)
             write_whole(self.folder / source / 'summary.json', json.dumps({**about, 'splits': splits}, indent=1))
-            print(f'{source:<22}{"documents":>12}{"tokens":>16}{"bytes":>18}  bytes/token  shards',
-                  *(f'  {split:<20}{n["documents"]:>12,}{n["tokens"]:>16,}{n["bytes"]:>18,}{n["bytes_per_token"]:>13.3f}'
-                    f'{n["shards"]:>8,}' for split, n in splits.items()), sep='\n')
+            print(f'{source:<22}{"documents":>12}{"tokens":>16}{"bytes":>18}{"shards":>8}  bytes/token')
+            for split, n in splits.items():
+                print(f'  {split:<20}{n["documents"]:>12,}{n["tokens"]:>16,}{n["bytes"]:>18,}{n["shards"]:>8,}'
+                      f'{n["bytes_per_token"]:>13.3f}')
         self.close()
 
     def close(self):
@@ -988,7 +993,7 @@ def list_files(patterns):
     for pattern in map(str, patterns):
         names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         if not names or os.path.isfile(pattern) and not pattern.endswith(SUFFIXES):
-            raise DataError(f'{pattern}: not a file, or a folder or glob of files, that ends in {", ".join(SUFFIXES)}.')
+            raise DataError(f'{pattern}: not a file, folder or glob of {", ".join(SUFFIXES)}.')
         folders = [os.path.join(glob.escape(name), '**') for name in names if os.path.isdir(name)]
         names += [name for folder in folders for name in glob.glob(folder, recursive=True)]
         files = set(filter(os.path.isfile, names))
@@ -1157,7 +1162,7 @@ def _start_worker():
 
 
 def _in_order(pool, blocks, job, ahead):
-    """Yield (for validation only?, bytes of files read, what _work() makes of it) of blocks, `ahead` of them on the way."""
+    """Yield (for validation only?, bytes of files read, what _work() makes of it) of blocks, `ahead` on the way."""
     waiting = deque()
 
     def first():
@@ -1173,58 +1178,70 @@ def _in_order(pool, blocks, job, ahead):
 
 # Writing.
 
-def _fill(writer, journal, job, groups, source_of, *, kept_out, max_tokens, workers, strict, save):
-    """Append what the files hold to the writer, from the block on that the journal names.
-
-    groups: (share to hold out, files) in their order; 1 for official validation files. kept_out: sorted hashes.
-    """
-    columns = sorted({path.split('.')[0] for path in (job['text_field'], job['by'], *(w[0] for w in job['where'])) if path})
-    sizes = [sum(map(os.path.getsize, files)) for _, files in groups]
-    blocks = ((val, parts, before + at) for before, (val, files) in zip((0, sizes[0]), groups)
-              for parts, at in _blocks(files, columns))
-    workers = min(workers or os.cpu_count(), 1 + sum(sizes) // (2 * BLOCK))
-    pool = (concurrent.futures.ThreadPoolExecutor(1) if workers == 1 else concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context('spawn'), _start_worker))
-    known, saved, skipped, text_bytes, start = None, time.time(), Counter(journal['skipped']), 0, time.time()
-    try:
-        bar = tqdm(total=sum(sizes), unit='B', unit_scale=True, disable=None)
-        todo = itertools.islice(blocks, journal['blocks'], None)            # what is done is read and passed over
-        for val, at, (documents, ids, problems, left_out) in _in_order(pool, todo, job, 2 * workers):
-            for problem, where in problems:
-                if strict:
-                    raise DataError(f'{where}: {problem}. Mend it, or go on without --strict, which leaves it out.')
-                skipped[problem] += 1
-                if skipped[problem] <= 3:
-                    journal['shown'].append(f'{where}: {problem}')
-            skipped.update({'left out by --where': left_out} if left_out else {})
-            if known is None and not val:                                   # all that is only for validation is read
-                known = np.union1d(kept_out, writer.hashes())
-            hashes = np.frombuffer(b''.join(document[-1] for document in documents), '<u8')
-            twins = known[np.searchsorted(known[:-1], hashes)] == hashes if known is not None and len(known) else hashes < 0
-            trained = sum(n['tokens'] for stream, n in writer.counts.items() if stream.endswith('/train'))
-            for twin, (value, split, n, *document) in zip(twins.tolist(), documents):
-                own, ids = ids[:n], ids[n:]
-                if split == 'train' and (twin or max_tokens and trained >= max_tokens):
-                    skipped['equal to a validation document'] += twin
-                    continue
-                writer.add(source_of(value), split, own, *document)
-                trained += n * (split == 'train')
-                text_bytes += document[0]
-            journal.update(blocks=journal['blocks'] + 1, skipped=+skipped)
-            bar.update(at - bar.n)
-            bar.set_postfix_str(f'{text_bytes / 1e6 / (time.time() - start):.1f} MB/s of text')
-            if max_tokens and trained >= max_tokens:
+def _fill(writer, journal, results, source_of, save, *, kept_out, max_tokens, strict, bar):
+    """Append the results of _in_order() to the writer; save() now and then. kept_out: hashes kept out of train."""
+    known, saved, start, text_bytes = None, time.time(), time.time(), 0
+    trained = sum(n['tokens'] for stream, n in writer.counts.items() if stream.endswith('/train'))
+    skipped = journal['skipped'] = Counter(journal['skipped'])
+    for val, at, (documents, ids, problems, left_out) in results:
+        for problem, where in problems:
+            if strict:
+                raise DataError(f'{where}: {problem}. Mend it, or go on without --strict, which leaves it out.')
+            skipped[problem] += 1
+            if skipped[problem] <= 3:
+                journal['shown'].append(f'{where}: {problem}')
+        if left_out:
+            skipped['left out by --where'] += left_out
+        if known is None and not val:                       # all that is only for validation is read
+            known = np.union1d(kept_out, writer.hashes())
+        hashes = np.frombuffer(b''.join(document[-1] for document in documents), '<u8')
+        twins = np.zeros(len(hashes), bool)
+        if known is not None and len(known):
+            twins = known[np.searchsorted(known[:-1], hashes)] == hashes
+        for twin, (value, split, n, *document) in zip(twins.tolist(), documents):
+            own, ids = ids[:n], ids[n:]
+            if split == 'train' and max_tokens and trained >= max_tokens:
                 break
-            if time.time() - saved > 5:
-                save()
-                saved = time.time()
-        bar.close()
-    except concurrent.futures.process.BrokenProcessPool:
+            if split == 'train' and twin:
+                skipped['equal to a validation document'] += 1
+                continue
+            writer.add(source_of(value), split, own, *document)
+            trained += n * (split == 'train')
+            text_bytes += document[0]
+        journal['blocks'] += 1
+        bar.update(at - bar.n)
+        bar.set_postfix_str(f'{text_bytes / 1e6 / (time.time() - start):.1f} MB/s of text')
+        if max_tokens and trained >= max_tokens:
+            break
+        if time.time() - saved > 5:
+            save()
+            saved = time.time()
+    bar.write(f'{text_bytes / 1e6:,.1f} MB of text in {time.time() - start:.0f} s')
+
+
+def _tokenize(writer, journal, job, held, files, source_of, save, *, workers, **options):
+    """All that the files hold to the writer, from the block on that the journal names. held: for validation only."""
+    fields = [job['text_field'], job['by'], *(field for field, *_ in job['where'])]
+    columns, sizes = sorted({path.split('.')[0] for path in fields if path}), list(map(_size, (held, files)))
+    blocks = ((val, parts, before + at) for val, group, before in ((1, held, 0), (job['val'], files, sizes[0]))
+              for parts, at in _blocks(group, columns))
+    workers = min(workers or os.cpu_count(), 1 + sum(sizes) // (2 * BLOCK))
+    spawn = multiprocessing.get_context('spawn')                # a thread does for one, and starts at once
+    pool = (concurrent.futures.ThreadPoolExecutor(1) if workers == 1 else
+            concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker))
+    todo = itertools.islice(blocks, journal['blocks'], None)    # what is done is read and passed over
+    try:
+        with tqdm(total=sum(sizes), unit='B', unit_scale=True, disable=None) as bar:
+            _fill(writer, journal, _in_order(pool, todo, job, 2 * workers), source_of, save, bar=bar, **options)
+    except concurrent.futures.BrokenExecutor:
         raise DataError('a worker was killed, for want of memory? The same command goes on; with fewer --workers, '
                         'it takes less.') from None
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f'{text_bytes / 1e6:,.1f} MB of text in {time.time() - start:.0f} s, {workers} workers')
+
+
+def _size(files):
+    return sum(map(os.path.getsize, files))
 
 
 def _lock(work):
@@ -1251,33 +1268,33 @@ def _open_journal(work, settings):
         if (was := journal['settings'].get(key)) != now:
             if isinstance(now, list) and isinstance(was, list):
                 was, now = ([x for x in a if x not in b][:1] for a, b in ((was, now), (now, was)))
-            raise DataError(f'{work} holds an unfinished prepare with {key} = {was}, now {now}. Give the same command to '
-                            f'go on, or start anew: rm -r {work}')
+            raise DataError(f'{work} holds an unfinished prepare with {key} = {was}, now {now}. Give the same command '
+                            f'to go on, or start anew: rm -r {work}')
     return journal
 
 
-def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None, val_files=(), keep_out=(),
-                  text_field='text', where=(), by=None, max_tokens=None, shard_tokens=100_000_000, workers=None,
-                  strict=False):
+def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None, val_files=(),
+                  keep_out=(), text_field='text', where=(), by=None, max_tokens=None, shard_tokens=100_000_000,
+                  workers=None, strict=False):
     """Tokenize files into data_dir/name, or with `by` into data_dir/name_VALUE: `python data.py prepare --help`.
 
     The same shards for any number of workers. After a kill or a full disk, the same call goes on where it was.
-    Finished sources appear whole. DataError for what cannot be read or asked for, and when nothing is left to train on.
+    Finished sources appear whole. DataError for what cannot be asked for or is not there, and for an empty train.
     """
     val = (0 if val_files else 0.05) if val is None else val
     _check_target(name, data_dir, val, shard_tokens)
     own, (held, _), (files, others) = get_tokenizer(tokenizer), list_files(val_files), list_files(inputs)
     files = [file for file in files if file not in held]
-    where = [[field, *values.split(',')] for field, _, values in (w.partition('=') for w in where)]
+    where = [[field, *values.split(',')] for field, _, values in (condition.partition('=') for condition in where)]
     if (where or by) and (texts := [file for file in [*held, *files] if file.endswith('.txt')]):
         raise DataError(f'{texts[0]}: a .txt has no fields for --where and --by.')
-    hashes = [np.empty(0, '<u8'), *(_val_hashes(data_dir, other) for other in keep_out)]
+    hashes = [_val_hashes(data_dir, other) for other in keep_out]
     job = {'tokenizer': tokenizer, 'eot': eot, 'val': val, 'text_field': text_field, 'where': where, 'by': by}
     about = {**job, 'tokenizer': own.name, 'vocab_size': own.vocab_size, 'shard_tokens': shard_tokens,
-             'max_tokens': max_tokens, 'keep_out': [[o, len(h)] for o, h in zip(keep_out, hashes[1:])]}
-    stats = {group: [[file, (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in paths]
+             'max_tokens': max_tokens, 'keep_out': [[other, len(found)] for other, found in zip(keep_out, hashes)]}
+    stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in paths]
              for group, paths in (('inputs', files), ('val_files', held))}
-    work, sources = Path(data_dir, f'.{name}.prepare'), {}
+    work, writer, sources = Path(data_dir, f'.{name}.prepare'), None, {}
     lock = _lock(work)
 
     def source_of(value):
@@ -1291,21 +1308,14 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     def save():
         writer.sync()
         write_whole(work / 'journal.json', json.dumps(journal))
-    journal = _open_journal(work, {**about, **stats})
-    writer = Writer(work, own, None if eot == 'none' else own.eot, shard_tokens, journal['counts'])
-    journal['counts'] = writer.counts
     try:
+        journal = _open_journal(work, {**about, **stats})
+        writer = Writer(work, own, None if eot == 'none' else own.eot, shard_tokens, journal['counts'])
+        journal['counts'] = writer.counts
         if not journal['done']:
-            _fill(writer, journal, job, ((1, held), (val, files)), source_of, kept_out=np.unique(np.concatenate(hashes)),
-                  max_tokens=max_tokens, workers=workers, strict=strict, save=save)
-            if others:
-                print(f'{others:,} files of other kinds passed over')
-            for kind, n in journal['skipped'].items():
-                print(f'{n:,} documents left out: {kind}', *(s for s in journal['shown'] if s.endswith(f': {kind}')), sep='\n  ')
-            if not any(stream.endswith('/train') for stream in writer.counts):
-                shutil.rmtree(work)
-                n = sum(n['documents'] for n in writer.counts.values())
-                raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
+            _tokenize(writer, journal, job, held, files, source_of, save, workers=workers, strict=strict,
+                      max_tokens=max_tokens, kept_out=np.concatenate([np.empty(0, '<u8'), *hashes]))
+            _report(name, work, writer, journal, others)
             sizes = {group: [entry[:2] for entry in entries] for group, entries in stats.items()}
             writer.finish({**about, 'skipped': journal['skipped'], **sizes}, tokenizer_files(tokenizer))
             journal['done'] = True
@@ -1315,20 +1325,34 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DataError(f'{work}: {error.strerror}, {shutil.disk_usage(data_dir).free / 1e9:.1f} GB are free. What is done '
-                        'stays: make room, and the same command goes on.') from None
+        free = shutil.disk_usage(data_dir).free / 1e9
+        raise DataError(f'{work}: {error.strerror}, {free:.1f} GB are free. What is done stays: make room, and the '
+                        'same command goes on.') from None
     finally:
-        writer.close()
+        if writer:
+            writer.close()
         if lock is not None:
             os.close(lock)
+
+
+def _report(name, work, writer, journal, others):
+    if others:
+        print(f'{others:,} files of other kinds passed over')
+    for kind, n in journal['skipped'].items():
+        shown = [line for line in journal['shown'] if line.endswith(f': {kind}')]
+        print(f'{n:,} documents left out: {kind}', *shown, sep='\n  ')
+    if not any(stream.endswith('/train') for stream in writer.counts):
+        shutil.rmtree(work)
+        n = sum(n['documents'] for n in writer.counts.values())
+        raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
 
 
 def _val_hashes(data_dir, name):
     try:
         return np.load(Path(data_dir, name, 'val_hashes.npy'))
     except (OSError, ValueError):
-        raise DataError(f'--keep_out {name}: {Path(data_dir, name)} has no val_hashes.npy, which prepare writes. Prepare '
-                        'it, or prepare it again.') from None
+        raise DataError(f'--keep_out {name}: {Path(data_dir, name)} has no val_hashes.npy, which prepare '
+                        'writes. Prepare it, or prepare it again.') from None
 
 
 # The embedded corpora are read from files that every installation has; nothing is imported. What they hold
@@ -1482,7 +1506,7 @@ def prepare(args):
     elif name not in EMBEDDED:
         raise DataError(f'prepare {name}: give files, folders or globs of {", ".join(SUFFIXES)}; without, only '
                         f'{", ".join(EMBEDDED)} can be made.')
-    elif given := [key for key, value in args.items() if value != inspect.signature(prepare_files).parameters[key].default]:
+    elif given := [key for key, value in args.items() if value != prepare_files.__kwdefaults__[key]]:
         raise DataError(f'prepare {name}: --{given[0]} is for files; the embedded corpora are bytes, and as they are.')
     else:
         print(prepare_embedded(name, data_dir))
@@ -1494,23 +1518,23 @@ def main():
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser('prepare', help='text to shards')
     p.add_argument('name', help=f'of the source; without inputs: {", ".join(EMBEDDED)}')
-    p.add_argument('inputs', nargs='*', help=f'files, folders or globs of {", ".join(SUFFIXES)}; a .txt is one document')
+    p.add_argument('inputs', nargs='*', help=f'files, folders, globs of {", ".join(SUFFIXES)}; a .txt is one document')
     p.add_argument('--data_dir', default='data')
-    p.add_argument('--tokenizer', default='bytes', help="'bytes', 'gpt2', or a path: a tokenizer.json, or a folder with "
-                   "one (a Hugging Face directory) or with GPT-2's files")
+    p.add_argument('--tokenizer', default='bytes', help="'bytes', 'gpt2', or a path: a tokenizer.json, or a folder "
+                   "with one (a Hugging Face directory) or with GPT-2's files")
     p.add_argument('--eot', default='append', choices=('append', 'prepend', 'none'), help='where the end-of-text of a '
                    'document goes. none: to continue Pythia on its own pre-shuffled Pile, which has no end-of-text; a '
                    'token that the old model never trained would confound a forgetting curve')
-    p.add_argument('--val', type=float, help='share of the documents to hold out, chosen by a hash of the text; 0.05, or 0 '
-                   'with --val_files')
-    p.add_argument('--val_files', nargs='+', default=(), help="official validation files: all held out, and what equals one "
-                   'of their documents is left out of train')
-    p.add_argument('--keep_out', nargs='+', default=(), metavar='NAME', help="prepared sources whose validation documents "
-                   'are left out of train too')
+    p.add_argument('--val', type=float, help='share of the documents to hold out, chosen by a hash of the text; '
+                   '0.05, or 0 with --val_files')
+    p.add_argument('--val_files', nargs='+', default=(), help='official validation files: all held out, and what '
+                   'equals one of their documents is left out of train')
+    p.add_argument('--keep_out', nargs='+', default=(), metavar='NAME', help='prepared sources whose validation '
+                   'documents are left out of train too')
     p.add_argument('--text_field', default='text', help='of the objects or columns; dots lead inside: meta.text')
-    p.add_argument('--where', action='append', default=(), metavar='FIELD=VALUE,...', help='only documents with one of these '
-                   'values, as meta.pile_set_name=Github; several: all must hold')
-    p.add_argument('--by', metavar='FIELD', help='a source for each value, as meta.redpajama_set_name: NAME_commoncrawl, ...')
+    p.add_argument('--where', action='append', default=(), metavar='FIELD=VALUE,...', help='only documents with one '
+                   'of these values, as meta.pile_set_name=Github; several: all must hold')
+    p.add_argument('--by', metavar='FIELD', help='a source for each value, as meta.redpajama_set_name: NAME_c4, ...')
     p.add_argument('--max_tokens', type=int, help='stop after the document that completes so many train tokens')
     p.add_argument('--shard_tokens', type=int, default=100_000_000)
     p.add_argument('--workers', type=int, help='processes; default: one per core')

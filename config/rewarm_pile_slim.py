@@ -4,7 +4,7 @@
 
 Starts from config/pretrain_pile.py; from released weights, see config/rewarm_pythia_slim.py. For a node of 8 large
 GPUs or more. Expect, at the end (Ibrahim et al., Table 2, 405M): Pile 2.23, SlimPajama 2.51; without replay 2.44 and
-2.50. Those are tokens of GPT-NeoX-20B: bring shards of them (`paths`); `data.py prepare` makes bytes. The paper's
+2.50. Those are tokens of GPT-NeoX-20B: `data.py prepare NAME FILES --tokenizer weights/pythia-410m`. The paper's
 other runs, each with an --out_dir of its own:
 
     --replay=0.01                                            Table 2, Fig. 5: 0, 0.005, 0.01, 0.05, 0.1, 0.5

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -180,11 +179,11 @@ def test_stored_order_through_a_mixture(shard):
     sources = {'pile': Source('pile', [shard('a.bin', n=401), shard('b.bin', n=201)], T, key='stored'),
                'new': Source('new', [shard('c.bin')], T)}
     mixture = Mixture(sources, [(0, mix_weights({'new': 1}, {'pile': 1}, 0.25))])
-    starts = [x[0] for (name, _), x in zip(mixture.locate(range(400)), mixture.batch(range(400))[0].tolist()) if name == 'pile']
-    assert starts == [*range(0, 400, T), *range(0, 200, T), *range(0, 200, T)]
-    later = [x[0] for (name, _), x in zip(mixture.locate(range(200, 400)), mixture.batch(range(200, 400))[0].tolist())
-             if name == 'pile']
-    assert later == starts[50:]
+
+    def starts(g):
+        return [x[0] for (name, _), x in zip(mixture.locate(g), mixture.batch(g)[0].tolist()) if name == 'pile']
+    assert starts(range(400)) == [*range(0, 400, T), *range(0, 200, T), *range(0, 200, T)]
+    assert starts(range(200, 400)) == starts(range(400))[50:]
 
 
 def test_a_note_where_only_some_sources_have_end_of_text(shard, tmp_path):

@@ -20,11 +20,11 @@ from data import DataError, find_tokenizer, get_tokenizer
 
 FILES = Path(os.environ.get('REWARM_TOKENIZERS', ROOT.parent / 'shared' / 'tokenizers'))
 KINDS = ('trained', '20B', 'gpt2')
-SOME = ('the', "don't WE'LL", 'Größe', 'zażółć', '漢字仮名', 'नमस्ते', 'שלום', '😀👩\u200d👩\u200d👧', '3.14', '½²', '__init__(',
-        '<|', '|>', 'endoftext', '<|endoftext|>', '<|padding|>', '<|endoftext|>\u0338', '\0', '\x1c', '\x1f', '\r\n', '\n',
-        '\n\n', '\t', '\x0b', '\x0c', '\x85', '\xa0', '\u1680', '\u2003', '\u2028', '\u202f', '\u3000', '\ufeff',
-        '\u200b', 'e\u0301', '\u0301', '\u0345\u0300\u0316', '\u1112\u1161\u11ab', '\u0958', '\ufb01', 'Å',
-        '\U00010ffff', '\ud7ff', '\uffff')
+SOME = ('the', "don't WE'LL", 'Größe', 'zażółć', '漢字仮名', 'नमस्ते', 'שלום', '😀👩\u200d👩\u200d👧', '3.14', '½²',
+        '__init__(', '<|', '|>', 'endoftext', '<|endoftext|>', '<|padding|>', '<|endoftext|>\u0338', '\0', '\x1c',
+        '\x1f', '\r\n', '\n', '\n\n', '\t', '\x0b', '\x0c', '\x85', '\xa0', '\u1680', '\u2003', '\u2028', '\u202f',
+        '\u3000', '\ufeff', '\u200b', 'e\u0301', '\u0301', '\u0345\u0300\u0316', '\u1112\u1161\u11ab', '\u0958', '\ufb01',
+        'Å', '\U00010ffff', '\ud7ff', '\uffff')
 texts = st.lists(st.sampled_from(SOME) | st.integers(1, 80).map(' '.__mul__) | st.sampled_from(' \n\t').flatmap(
     lambda c: st.integers(1, 40).map(c.__mul__)) | st.text(max_size=8), max_size=30).map(''.join)
 
@@ -196,7 +196,8 @@ def test_large_vocabularies_take_32_bits(pairs):
     (('model', 'byte_fallback'), True, 'byte_fallback True'), (('model', 'dropout'), 0.1, 'dropout 0.1'),
     (('model', 'ignore_merges'), True, 'ignore_merges'), (('model', 'continuing_subword_prefix'), '##', "prefix '##'"),
     (('normalizer',), {'type': 'NFKC'}, "normalizer 'NFKC', supported is None or 'NFC'"),
-    (('pre_tokenizer', 'type'), 'Metaspace', "pre_tokenizer 'Metaspace'"), (('pre_tokenizer',), None, 'pre_tokenizer None'),
+    (('pre_tokenizer', 'type'), 'Metaspace', "pre_tokenizer 'Metaspace'"),
+    (('pre_tokenizer',), None, 'pre_tokenizer None'),
     (('pre_tokenizer', 'use_regex'), False, 'use_regex False'), (('decoder',), None, 'decoder None'),
     (('pre_tokenizer', 'add_prefix_space'), True, 'add_prefix_space True'),
     (('added_tokens', 1, 'lstrip'), True, "added token .*padding"), (('added_tokens', 4, 'content'), 'word', "'word'"),
