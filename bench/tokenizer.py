@@ -1,6 +1,6 @@
 """How fast is text turned into ids, beside the library that the ids are from, and how much memory does it take?
 
-    python bench/tokenize.py ../shared/tokenizers/20B_tokenizer.json --out results/speed/tokenize.json
+    python bench/tokenizer.py weights/pythia-410m/tokenizer.json --out results/speed/tokenizer.json
 
 First one core, in MB of text per second: our Tokenizer.encode, `tokenizers`' encode and its encode_batch_fast, in turn,
 medians of several rounds, on Python source and on English prose that every installation has; the ids are compared.
@@ -19,10 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The folder of this file comes last: in it, this file has the name of a module of the standard library.
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or '.').resolve() != ROOT / 'bench')]
+sys.path.insert(0, str(ROOT))
 from data import docs_of, get_tokenizer, python_files
-sys.path.append(str(ROOT / 'bench'))
 from loader import hardware
 
 
