@@ -1,4 +1,4 @@
-"""Token shards, a deterministic order, mixtures with replay, and corpora that need no network.
+"""Token shards, a deterministic order and mixtures with replay; then, how text becomes shards.
 
 The loader has no state to save. All follows from the number g of a sample, counted over the whole run:
 
@@ -6,7 +6,8 @@ The loader has no state to save. All follows from the number g of a sample, coun
     rows() of a step   Mixture: who is next, exactly     Source.order: each window once        one read
 
 so a resumed run needs its step only, and any number of processes or micro-batches sees the same samples in
-the same step. Nothing is drawn at random; nothing but a list of shards grows with the corpus.
+the same step. Nothing is drawn at random; nothing but a list of shards grows with the corpus. That is the first half of
+this file, all that training reads. The second half makes shards: tokenizers, corpora, the embedded ones among them.
 
     python data.py prepare docs                     # an embedded corpus: docs (English), code (Python), ...
     python data.py prepare mine notes.jsonl a.txt   # your text, to train and val shards in data/mine
@@ -56,224 +57,6 @@ from tqdm import tqdm
 
 class DataError(ValueError):
     """The data, or what is asked of them, is wrong; the message says what was found and how to mend it."""
-
-
-# --- tokenizers ----------------------------------------------------------------------------------------
-# encode: str -> ids [n] without end-of-text, uint16, or uint32 for vocabularies past 65,536. A document must
-# never end where its own text says <|endoftext|>, so that is ordinary text, unless encode(text, special=True).
-# decode: ids -> str. A window may cut a character in two: what is no UTF-8, and ids that no token has (the
-# rows that pad a vocabulary), become U+FFFD. Shards remember a tokenizer by its name.
-
-Tokenizer = namedtuple('Tokenizer', 'name vocab_size eot encode decode')
-
-
-def _tokenizer(name, table, specials, eot, ordinary):
-    """A Tokenizer of table {id: bytes}, specials {text: id} and ordinary(str) -> ids [n], which knows no specials."""
-    vocab_size = max(table) + 1
-    longest_first = sorted(specials, key=len, reverse=True)
-    split = re.compile('(' + '|'.join(map(re.escape, longest_first)) + ')').split
-
-    def encode(text, special=False):
-        if not special:
-            return ordinary(text).astype(token_type(vocab_size))
-        parts = [[specials[part]] if i % 2 else ordinary(part) for i, part in enumerate(split(text))]
-        return np.concatenate(parts).astype(token_type(vocab_size))
-
-    def decode(ids):
-        text = b''.join([table.get(i, b'\xef\xbf\xbd') for i in np.asarray(ids).tolist()])
-        return text.decode('utf-8', errors='replace')
-    return Tokenizer(name, vocab_size, eot, encode, decode)
-
-
-END = '<|endoftext|>'
-BYTES = _tokenizer('bytes', {**{i: bytes([i]) for i in range(256)}, 256: END.encode()}, {END: 256}, 256,
-                   lambda text: np.frombuffer(text.encode('utf-8'), np.uint8))
-
-# GPT-2's files spell a token in letters: a printable byte as itself, the others as the letters from 256 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(b): b for b in PRINTABLE}
-BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
-
-# A whitespace run is a state of the regex engine's stack per character, and the stack ends at a million.
-LONG_RUN = 200_000
-TOKENIZER_FILES = (('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'),
-                   ('r50k_base.tiktoken',), ('encoder.json', 'vocab.bpe'))
-TOKENIZER_NAMES = {'fdceed2b': 'gpt2', 'f4175ad0': 'gpt-neox-20b'}         # digest of what decides the ids: name
-
-
-def optional(module):
-    """An imported package that only some need; DataError with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f'this needs a package that is not installed: pip install {module.split(".")[0]}') from None
-
-
-def tokenizer_files(spec):
-    """{name to keep it under: Path} of the files behind a tokenizer given by path; {} for 'bytes' and 'gpt2'."""
-    path = Path(spec)
-    if spec in ('bytes', 'gpt2'):
-        return {}
-    for first, *others in TOKENIZER_FILES:
-        if (path / first).is_file() or path.is_file() and path.name in (first, *others):
-            folder = path if path.is_dir() else path.parent
-            return {name: folder / name for name in (first, *others) if (folder / name).is_file()}
-    if path.is_file() and path.suffix == '.json':               # 20B_tokenizer.json
-        beside = {name: path.parent / name for name in TOKENIZER_FILES[0][1:]}
-        return {'tokenizer.json': path, **{name: file for name, file in beside.items() if file.is_file()}}
-    raise DataError(f"tokenizer {spec}: expected 'bytes', 'gpt2', a tokenizer.json, or a folder that holds one or "
-                    "GPT-2's files (r50k_base.tiktoken, or encoder.json and vocab.bpe).")
-
-
-@functools.lru_cache
-def get_tokenizer(spec):
-    """The Tokenizer of a spec: 'bytes', 'gpt2' (tiktoken downloads it once), or a path.
-
-    A path: a tokenizer.json of a byte-level BPE like GPT-2's and GPT-NeoX-20B's, whose ids are those of the
-    `tokenizers` library; a Hugging Face directory that holds one; or GPT-2's own files. Its name tells what it does
-    and not where it lies: 'gpt2', 'gpt-neox-20b', or 'bpe-' and a digest. DataError when the ids could not be exact.
-    """
-    if spec == 'bytes':
-        return BYTES
-    files = tokenizer_files(spec)
-    if 'tokenizer.json' in files:
-        return _from_json(files)
-    try:
-        if not files:
-            ranks = optional('tiktoken').get_encoding('r50k_base')._mergeable_ranks
-        elif 'r50k_base.tiktoken' in files:
-            lines = files['r50k_base.tiktoken'].read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            merges = files['vocab.bpe'].read_text('utf-8').splitlines()[1:]         # the first line is a version
-            ranks, _ = _ranks(spec, json.loads(files['encoder.json'].read_bytes()), merges)
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"tokenizer {spec}: GPT-2's ranks cannot be read ({type(error).__name__}: {error}). Give a "
-                        'folder with r50k_base.tiktoken, encoder.json and vocab.bpe, or tokenizer.json.') from None
-    tokenizer = _bpe(ranks, {END: 50256}, 50256)
-    if tokenizer.name != 'gpt2':
-        raise DataError(f"tokenizer {spec}: not GPT-2's {len(ranks):,} tokens; for another give its tokenizer.json.")
-    return tokenizer
-
-
-def _ranks(file, vocab, merges):
-    """({bytes: id} of single bytes and merges, {id: bytes} of all) of a vocabulary {letters: id} and its merges."""
-    merged = [vocab[''.join(pair.split(' ') if isinstance(pair, str) else pair)] for pair in merges]
-    if merged != sorted(set(merged)):                           # tiktoken merges the pair with the lowest id first
-        raise DataError(f'{file}: its ids do not rise in the order of its merges, which is not supported.')
-    table = {i: bytes(BYTE_OF[c] for c in token) if set(token) <= BYTE_OF.keys() else token.encode()
-             for token, i in vocab.items()}
-    ranks = {table[i]: i for i in [*merged, *(vocab[c] for c in BYTE_OF if c in vocab)]}
-    in_utf8 = [*range(0xc0), *range(0xc2, 0xf5)]
-    if missing := [b for b in in_utf8 if bytes([b]) not in ranks]:
-        raise DataError(f'{file}: no token for byte {missing[0]:#04x}: text would be lost.')
-    return ranks, table
-
-
-def _check_json(file, spec):
-    """DataError unless a tokenizer.json is of the kind whose ids come out exact."""
-    model, before, added = spec['model'], spec['pre_tokenizer'] or {}, spec['added_tokens']
-    nfc, runs = spec['normalizer'], sorted(len(token['content']) for token in added if not token['special'])
-    odd = [token for token in added if token['single_word'] or token['lstrip'] or token['rstrip']
-           or not token['special'] and token['content'].strip(' ') or token['special'] and token['normalized'] and nfc]
-    for what, found, *supported in (
-            ('model', model['type'], 'BPE'), ('normalizer', nfc and nfc['type'], None, 'NFC'),
-            ('pre_tokenizer', before.get('type'), 'ByteLevel'), ('use_regex', before.get('use_regex', True), True),
-            ('add_prefix_space', before.get('add_prefix_space'), False),
-            ('decoder', (spec['decoder'] or {}).get('type'), 'ByteLevel'),
-            *((key, model.get(key), None, False, 0, '') for key in (
-                'dropout', 'byte_fallback', 'ignore_merges', 'continuing_subword_prefix', 'end_of_word_suffix')),
-            ('added token', odd[0] if odd else None, None),
-            ('lengths of added runs of spaces', runs, [*range(2, len(runs) + 2)])):
-        if found not in supported:
-            raise DataError(f'{file}: {what} {found!r}, supported is {" or ".join(map(repr, supported))}: byte-level '
-                            "BPE with the pre-tokenizer of GPT-2, such as GPT-NeoX-20B's.")
-
-
-def _from_json(files):
-    """The Tokenizer of a tokenizer.json, and of the settings beside it: {name: Path}."""
-    file = files['tokenizer.json']
-    try:
-        spec, *settings = [json.loads(path.read_bytes()) for path in files.values()]
-        _check_json(file, spec)
-        ranks, table = _ranks(file, spec['model']['vocab'], spec['model']['merges'])
-        special = {token['content']: token['id'] for token in spec['added_tokens'] if token['special']}
-        runs = {len(token['content']): token['id'] for token in spec['added_tokens'] if not token['special']}
-        eos = [setting.get('eos_token') for setting in settings]
-        names = [END, *(token['content'] if isinstance(token, dict) else token for token in eos)]
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{file}: not a readable tokenizer ({type(error).__name__}: {error}).') from None
-    if not (end := [special[name] for name in names if name in special]):
-        raise DataError(f'{file}: no end-of-text among its special tokens {sorted(special)}. Expected {END}, or the '
-                        'eos_token that a tokenizer_config.json beside it names.')
-    return _bpe(ranks, special, end[0], runs, spec['normalizer'] is not None, table)
-
-
-def _bpe(ranks, special, eot, runs=None, nfc=False, table=None):
-    """A Tokenizer by tiktoken with the ids of `tokenizers`: ranks {bytes: id}, special {text: id}, runs {spaces: id}.
-
-    `tokenizers` cuts runs of spaces out before all else, the longest first, so they are the first branch of the
-    regex, the branches for whitespace never enter one, and their ids replace those of merges made of spaces,
-    which no text can reach any more.
-    """
-    ranks = {**ranks, **{b' ' * n: i for n, i in (runs or {}).items()}}
-    table = {**(table or {}), **{i: token for token, i in ranks.items()}}
-    table |= {i: text.encode() for text, i in special.items()}
-    digest = blake2b(repr((sorted(ranks.items()), sorted(special.items()), nfc)).encode(), digest_size=4).hexdigest()
-    run, space = (f' {{2,{max(runs)}}}|', r'(?:[^\S ]| (?! ))') if runs else ('', r'\s')
-    regex = rf"{run}'(?:[sdmt]|ll|ve|re)| ?\p{{L}}++| ?\p{{N}}++| ?[^\s\p{{L}}\p{{N}}]++|{space}+(?!\S)|\s"
-    encoding = optional('tiktoken').Encoding(digest, pat_str=regex, mergeable_ranks=ranks, special_tokens=special)
-    # The same whitespace for Python, whose \s has four control characters more.
-    whitespace = re.compile(run + space.replace(r'\S', r'\S\x1c-\x1f').replace(r'\s', r'[^\S\x1c-\x1f]')
-                            + r'+(?![\S\x1c-\x1f])')
-
-    def ordinary(text):
-        text, parts, at = unicodedata.normalize('NFC', text) if nfc else text, [], 0
-        if len(text) > LONG_RUN:
-            for match in whitespace.finditer(text):             # a long run is one piece: the regex need not see it
-                if match.end() - match.start() > LONG_RUN:
-                    parts += [pieces(text[at:match.start()]), encoding._encode_single_piece(match[0])]
-                    at = match.end()
-        return np.concatenate([*parts, pieces(text[at:])]) if parts else pieces(text)
-
-    def pieces(text):
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    return _tokenizer(TOKENIZER_NAMES.get(digest, f'bpe-{digest}'), table, special, eot, ordinary)
-
-
-def find_tokenizer(name, folders=()):
-    """The Tokenizer of that name: 'bytes', one whose files lie in one of `folders`, or tiktoken's 'gpt2'."""
-    if name == 'bytes':
-        return BYTES
-    for folder in folders:
-        with contextlib.suppress(DataError):                    # most folders hold none
-            if (tokenizer := get_tokenizer(str(folder))).name == name:
-                return tokenizer
-    if name == 'gpt2':
-        return get_tokenizer(name)
-    raise DataError(f'no tokenizer {name} in {", ".join(map(str, folders)) or "any folder"}. Say where its '
-                    'tokenizer.json is: --tokenizer FOLDER.')
-
-
-def tokenizer_hash(name):
-    """31 bits that stand for a tokenizer in a header; never 0, which means unknown."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), 'little') >> 1 or 1
-
-
-def tokenizer_name(shard):
-    """The name of a Shard's tokenizer, None when unknown: one of ours, or as the summary.json beside it says."""
-    names = ['bytes', *TOKENIZER_NAMES.values()]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        names.append(json.loads(Path(shard.path).with_name('summary.json').read_text('utf-8'))['tokenizer'])
-    return next((name for name in names if tokenizer_hash(str(name)) == shard.tokenizer), None)
-
-
-def _tokenizer_said(shard):
-    return tokenizer_name(shard) or (f'hash {shard.tokenizer}' if shard.tokenizer else 'unknown')
 
 
 # --- shards --------------------------------------------------------------------------------------------
@@ -811,6 +594,224 @@ def rows(step, batch_size, rank=0, world=1, micro_batch=None, micro_step=0):
     return range(step * batch_size + first, step * batch_size + first + micro_batch)
 
 
+# --- tokenizers ----------------------------------------------------------------------------------------
+# encode: str -> ids [n] without end-of-text, uint16, or uint32 for vocabularies past 65,536. A document must
+# never end where its own text says <|endoftext|>, so that is ordinary text, unless encode(text, special=True).
+# decode: ids -> str. A window may cut a character in two: what is no UTF-8, and ids that no token has (the
+# rows that pad a vocabulary), become U+FFFD. Shards remember a tokenizer by its name.
+
+Tokenizer = namedtuple('Tokenizer', 'name vocab_size eot encode decode')
+
+
+def _tokenizer(name, table, specials, eot, ordinary):
+    """A Tokenizer of table {id: bytes}, specials {text: id} and ordinary(str) -> ids [n], which knows no specials."""
+    vocab_size = max(table) + 1
+    longest_first = sorted(specials, key=len, reverse=True)
+    split = re.compile('(' + '|'.join(map(re.escape, longest_first)) + ')').split
+
+    def encode(text, special=False):
+        if not special:
+            return ordinary(text).astype(token_type(vocab_size))
+        parts = [[specials[part]] if i % 2 else ordinary(part) for i, part in enumerate(split(text))]
+        return np.concatenate(parts).astype(token_type(vocab_size))
+
+    def decode(ids):
+        text = b''.join([table.get(i, b'\xef\xbf\xbd') for i in np.asarray(ids).tolist()])
+        return text.decode('utf-8', errors='replace')
+    return Tokenizer(name, vocab_size, eot, encode, decode)
+
+
+END = '<|endoftext|>'
+BYTES = _tokenizer('bytes', {**{i: bytes([i]) for i in range(256)}, 256: END.encode()}, {END: 256}, 256,
+                   lambda text: np.frombuffer(text.encode('utf-8'), np.uint8))
+
+# GPT-2's files spell a token in letters: a printable byte as itself, the others as the letters from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(b): b for b in PRINTABLE}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+
+# A whitespace run is a state of the regex engine's stack per character, and the stack ends at a million.
+LONG_RUN = 200_000
+TOKENIZER_FILES = (('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'),
+                   ('r50k_base.tiktoken',), ('encoder.json', 'vocab.bpe'))
+TOKENIZER_NAMES = {'fdceed2b': 'gpt2', 'f4175ad0': 'gpt-neox-20b'}         # digest of what decides the ids: name
+
+
+def optional(module):
+    """An imported package that only some need; DataError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f'this needs a package that is not installed: pip install {module.split(".")[0]}') from None
+
+
+def tokenizer_files(spec):
+    """{name to keep it under: Path} of the files behind a tokenizer given by path; {} for 'bytes' and 'gpt2'."""
+    path = Path(spec)
+    if spec in ('bytes', 'gpt2'):
+        return {}
+    for first, *others in TOKENIZER_FILES:
+        if (path / first).is_file() or path.is_file() and path.name in (first, *others):
+            folder = path if path.is_dir() else path.parent
+            return {name: folder / name for name in (first, *others) if (folder / name).is_file()}
+    if path.is_file() and path.suffix == '.json':               # 20B_tokenizer.json
+        beside = {name: path.parent / name for name in TOKENIZER_FILES[0][1:]}
+        return {'tokenizer.json': path, **{name: file for name, file in beside.items() if file.is_file()}}
+    raise DataError(f"tokenizer {spec}: expected 'bytes', 'gpt2', a tokenizer.json, or a folder that holds one or "
+                    "GPT-2's files (r50k_base.tiktoken, or encoder.json and vocab.bpe).")
+
+
+@functools.lru_cache
+def get_tokenizer(spec):
+    """The Tokenizer of a spec: 'bytes', 'gpt2' (tiktoken downloads it once), or a path.
+
+    A path: a tokenizer.json of a byte-level BPE like GPT-2's and GPT-NeoX-20B's, whose ids are those of the
+    `tokenizers` library; a Hugging Face directory that holds one; or GPT-2's own files. Its name tells what it does
+    and not where it lies: 'gpt2', 'gpt-neox-20b', or 'bpe-' and a digest. DataError when the ids could not be exact.
+    """
+    if spec == 'bytes':
+        return BYTES
+    files = tokenizer_files(spec)
+    if 'tokenizer.json' in files:
+        return _from_json(files)
+    try:
+        if not files:
+            ranks = optional('tiktoken').get_encoding('r50k_base')._mergeable_ranks
+        elif 'r50k_base.tiktoken' in files:
+            lines = files['r50k_base.tiktoken'].read_bytes().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        else:
+            merges = files['vocab.bpe'].read_text('utf-8').splitlines()[1:]         # the first line is a version
+            ranks, _ = _ranks(spec, json.loads(files['encoder.json'].read_bytes()), merges)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"tokenizer {spec}: GPT-2's ranks cannot be read ({type(error).__name__}: {error}). Give a "
+                        'folder with r50k_base.tiktoken, encoder.json and vocab.bpe, or tokenizer.json.') from None
+    tokenizer = _bpe(ranks, {END: 50256}, 50256)
+    if tokenizer.name != 'gpt2':
+        raise DataError(f"tokenizer {spec}: not GPT-2's {len(ranks):,} tokens; for another give its tokenizer.json.")
+    return tokenizer
+
+
+def _ranks(file, vocab, merges):
+    """({bytes: id} of single bytes and merges, {id: bytes} of all) of a vocabulary {letters: id} and its merges."""
+    merged = [vocab[''.join(pair.split(' ') if isinstance(pair, str) else pair)] for pair in merges]
+    if merged != sorted(set(merged)):                           # tiktoken merges the pair with the lowest id first
+        raise DataError(f'{file}: its ids do not rise in the order of its merges, which is not supported.')
+    table = {i: bytes(BYTE_OF[c] for c in token) if set(token) <= BYTE_OF.keys() else token.encode()
+             for token, i in vocab.items()}
+    ranks = {table[i]: i for i in [*merged, *(vocab[c] for c in BYTE_OF if c in vocab)]}
+    in_utf8 = [*range(0xc0), *range(0xc2, 0xf5)]
+    if missing := [b for b in in_utf8 if bytes([b]) not in ranks]:
+        raise DataError(f'{file}: no token for byte {missing[0]:#04x}: text would be lost.')
+    return ranks, table
+
+
+def _check_json(file, spec):
+    """DataError unless a tokenizer.json is of the kind whose ids come out exact."""
+    model, before, added = spec['model'], spec['pre_tokenizer'] or {}, spec['added_tokens']
+    nfc, runs = spec['normalizer'], sorted(len(token['content']) for token in added if not token['special'])
+    odd = [token for token in added if token['single_word'] or token['lstrip'] or token['rstrip']
+           or not token['special'] and token['content'].strip(' ') or token['special'] and token['normalized'] and nfc]
+    for what, found, *supported in (
+            ('model', model['type'], 'BPE'), ('normalizer', nfc and nfc['type'], None, 'NFC'),
+            ('pre_tokenizer', before.get('type'), 'ByteLevel'), ('use_regex', before.get('use_regex', True), True),
+            ('add_prefix_space', before.get('add_prefix_space'), False),
+            ('decoder', (spec['decoder'] or {}).get('type'), 'ByteLevel'),
+            *((key, model.get(key), None, False, 0, '') for key in (
+                'dropout', 'byte_fallback', 'ignore_merges', 'continuing_subword_prefix', 'end_of_word_suffix')),
+            ('added token', odd[0] if odd else None, None),
+            ('lengths of added runs of spaces', runs, [*range(2, len(runs) + 2)])):
+        if found not in supported:
+            raise DataError(f'{file}: {what} {found!r}, supported is {" or ".join(map(repr, supported))}: byte-level '
+                            "BPE with the pre-tokenizer of GPT-2, such as GPT-NeoX-20B's.")
+
+
+def _from_json(files):
+    """The Tokenizer of a tokenizer.json, and of the settings beside it: {name: Path}."""
+    file = files['tokenizer.json']
+    try:
+        spec, *settings = [json.loads(path.read_bytes()) for path in files.values()]
+        _check_json(file, spec)
+        ranks, table = _ranks(file, spec['model']['vocab'], spec['model']['merges'])
+        special = {token['content']: token['id'] for token in spec['added_tokens'] if token['special']}
+        runs = {len(token['content']): token['id'] for token in spec['added_tokens'] if not token['special']}
+        eos = [setting.get('eos_token') for setting in settings]
+        names = [END, *(token['content'] if isinstance(token, dict) else token for token in eos)]
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f'{file}: not a readable tokenizer ({type(error).__name__}: {error}).') from None
+    if not (end := [special[name] for name in names if name in special]):
+        raise DataError(f'{file}: no end-of-text among its special tokens {sorted(special)}. Expected {END}, or the '
+                        'eos_token that a tokenizer_config.json beside it names.')
+    return _bpe(ranks, special, end[0], runs, spec['normalizer'] is not None, table)
+
+
+def _bpe(ranks, special, eot, runs=None, nfc=False, table=None):
+    """A Tokenizer by tiktoken with the ids of `tokenizers`: ranks {bytes: id}, special {text: id}, runs {spaces: id}.
+
+    `tokenizers` cuts runs of spaces out before all else, the longest first, so they are the first branch of the
+    regex, the branches for whitespace never enter one, and their ids replace those of merges made of spaces,
+    which no text can reach any more.
+    """
+    ranks = {**ranks, **{b' ' * n: i for n, i in (runs or {}).items()}}
+    table = {**(table or {}), **{i: token for token, i in ranks.items()}}
+    table |= {i: text.encode() for text, i in special.items()}
+    digest = blake2b(repr((sorted(ranks.items()), sorted(special.items()), nfc)).encode(), digest_size=4).hexdigest()
+    run, space = (f' {{2,{max(runs)}}}|', r'(?:[^\S ]| (?! ))') if runs else ('', r'\s')
+    regex = rf"{run}'(?:[sdmt]|ll|ve|re)| ?\p{{L}}++| ?\p{{N}}++| ?[^\s\p{{L}}\p{{N}}]++|{space}+(?!\S)|\s"
+    encoding = optional('tiktoken').Encoding(digest, pat_str=regex, mergeable_ranks=ranks, special_tokens=special)
+    # The same whitespace for Python, whose \s has four control characters more.
+    whitespace = re.compile(run + space.replace(r'\S', r'\S\x1c-\x1f').replace(r'\s', r'[^\S\x1c-\x1f]')
+                            + r'+(?![\S\x1c-\x1f])')
+
+    def ordinary(text):
+        text, parts, at = unicodedata.normalize('NFC', text) if nfc else text, [], 0
+        if len(text) > LONG_RUN:
+            for match in whitespace.finditer(text):             # a long run is one piece: the regex need not see it
+                if match.end() - match.start() > LONG_RUN:
+                    parts += [pieces(text[at:match.start()]), encoding._encode_single_piece(match[0])]
+                    at = match.end()
+        return np.concatenate([*parts, pieces(text[at:])]) if parts else pieces(text)
+
+    def pieces(text):
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    return _tokenizer(TOKENIZER_NAMES.get(digest, f'bpe-{digest}'), table, special, eot, ordinary)
+
+
+def find_tokenizer(name, folders=()):
+    """The Tokenizer of that name: 'bytes', one whose files lie in one of `folders`, or tiktoken's 'gpt2'."""
+    if name == 'bytes':
+        return BYTES
+    for folder in folders:
+        with contextlib.suppress(DataError):                    # most folders hold none
+            if (tokenizer := get_tokenizer(str(folder))).name == name:
+                return tokenizer
+    if name == 'gpt2':
+        return get_tokenizer(name)
+    raise DataError(f'no tokenizer {name} in {", ".join(map(str, folders)) or "any folder"}. Say where its '
+                    'tokenizer.json is: --tokenizer FOLDER.')
+
+
+def tokenizer_hash(name):
+    """31 bits that stand for a tokenizer in a header; never 0, which means unknown."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), 'little') >> 1 or 1
+
+
+def tokenizer_name(shard):
+    """The name of a Shard's tokenizer, None when unknown: one of ours, or as the summary.json beside it says."""
+    names = ['bytes', *TOKENIZER_NAMES.values()]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        names.append(json.loads(Path(shard.path).with_name('summary.json').read_text('utf-8'))['tokenizer'])
+    return next((name for name in names if tokenizer_hash(str(name)) == shard.tokenizer), None)
+
+
+def _tokenizer_said(shard):
+    return tokenizer_name(shard) or (f'hash {shard.tokenizer}' if shard.tokenizer else 'unknown')
+
+
 # --- corpora -------------------------------------------------------------------------------------------
 # One process reads blocks of text, many workers make them ids, and the first appends those to shards in the order
 # of the input: so the shards are the same, bit for bit, for any number of workers, and after a kill and a resume.
@@ -952,7 +953,8 @@ def _encode(text, raw, tokenizer, eot, val):
     """(split, ids, bytes, hash) of a document: a hash of its text alone says whether it is held out."""
     digest, ids = blake2b(raw, digest_size=8).digest(), tokenizer.encode(text)
     if eot != 'none':
-        ids = np.insert(ids, len(ids) if eot == 'append' else 0, tokenizer.eot)
+        end = np.array([tokenizer.eot], ids.dtype)
+        ids = np.concatenate((ids, end) if eot == 'append' else (end, ids))
     return 'val' if int.from_bytes(digest, 'little') < val * 2 ** 64 else 'train', ids, len(raw), digest
 
 
