@@ -5,7 +5,7 @@
 First one core, in MB of text per second: our Tokenizer.encode, `tokenizers`' encode and its encode_batch_fast, in turn,
 medians of several rounds, on Python source and on English prose that every installation has; the ids are compared.
 Then `data.py prepare` as a whole on .jsonl files of that text, by 1 and by 2 workers: MB/s from start to finished
-shards, and the most memory that the first process and a worker held, for a file and for one of twice its size.
+shards, and the most memory that the first process and a worker held, for a file and for one of three times its size.
 """
 import argparse
 import importlib.metadata
@@ -115,12 +115,12 @@ def main():
     parser.add_argument('tokenizer', help='a tokenizer.json')
     parser.add_argument('--out', help='also write the numbers to this JSON file')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--folder', help='where to make the files (300 MB); default: the temporary folder')
+    parser.add_argument('--folder', help='where to make the files (1 GB); default: the temporary folder')
     args = parser.parse_args()
     os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='true')     # the batch on one core too
     result = {**hardware(), **{name: importlib.metadata.version(name) for name in ('tiktoken', 'tokenizers')},
               'load_before': round(os.getloadavg()[0], 2), 'mb_per_s_one_core': one_core(args.tokenizer, args.rounds),
-              'prepare': whole(args.tokenizer, args.rounds, (30_000_000, 60_000_000), args.folder)}
+              'prepare': whole(args.tokenizer, args.rounds, (60_000_000, 180_000_000), args.folder)}
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + '\n')
 
