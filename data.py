@@ -240,12 +240,14 @@ def _not_headerless(head, size):
 
 # What the big configs train on: how to get it (huggingface_hub's command-line tool) and prepare it.
 DOWNLOADS = {
-    'pile': """hf download monology/pile-uncopyrighted --repo-type dataset --local-dir raw/pile
+    'pile': """# all of it, 0.35 TB; README has a recipe for one GPU (Real corpora, real weights)
+hf download monology/pile-uncopyrighted --repo-type dataset --local-dir raw/pile
 hf download EleutherAI/pythia-410m tokenizer.json tokenizer_config.json --local-dir weights/pythia-410m
 python data.py prepare pile raw/pile/train --val_files raw/pile/val.jsonl.zst --tokenizer weights/pythia-410m \\
     --data_dir {data_dir}""",
-    'slimpajama': """hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk[1-5]/*' \\
-    'validation/chunk1/*' --local-dir raw/slimpajama
+    'slimpajama': """# half of it, 0.45 TB; README has a recipe for one GPU (Real corpora, real weights)
+hf download cerebras/SlimPajama-627B --repo-type dataset --local-dir raw/slimpajama \\
+    --include 'train/chunk[1-5]/*' --include 'validation/chunk1/*'
 hf download EleutherAI/pythia-410m tokenizer.json tokenizer_config.json --local-dir weights/pythia-410m
 python data.py prepare slimpajama raw/slimpajama/train --val_files raw/slimpajama/validation \\
     --tokenizer weights/pythia-410m --data_dir {data_dir}""",
