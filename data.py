@@ -688,8 +688,10 @@ def get_tokenizer(spec):
     except DataError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"tokenizer {spec}: GPT-2's ranks cannot be read ({type(error).__name__}: {error}). Give a "
-                        'folder with r50k_base.tiktoken, encoder.json and vocab.bpe, or tokenizer.json.') from None
+        what = 'read' if files else 'downloaded'                # str of the latter is a paragraph
+        raise DataError(f"tokenizer {spec}: GPT-2's ranks cannot be {what} ({type(error).__name__}: "
+                        f"{str(error).partition('(')[0]}). Give a folder with r50k_base.tiktoken, encoder.json and "
+                        'vocab.bpe, or tokenizer.json.') from None
     tokenizer = _bpe(ranks, {END: 50256}, 50256)
     if tokenizer.name != 'gpt2':
         raise DataError(f"tokenizer {spec}: not GPT-2's {len(ranks):,} tokens; for another give its tokenizer.json.")
@@ -1124,7 +1126,7 @@ def _document(line, is_text, job):
     except (ValueError, LookupError, TypeError):
         raise ValueError(f'no {field}') from None
     if not isinstance(text, str):
-        raise ValueError(f'{field} is not text')
+        raise ValueError(f'{field} is no string')
     try:
         raw = text.encode('utf-8')
     except UnicodeEncodeError:
@@ -1278,7 +1280,7 @@ def _open_journal(work, settings):
 
 
 def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None, val_files=(),
-                  keep_out=(), text_field='text', where=(), by=None, max_tokens=None, shard_tokens=100_000_000,
+                  keep_out=(), text_field='text', where=None, by=None, max_tokens=None, shard_tokens=100_000_000,
                   workers=None, strict=False):
     """Tokenize files into data_dir/name, or with `by` into data_dir/name_VALUE: `python data.py prepare --help`.
 
@@ -1289,7 +1291,9 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     _check_target(name, data_dir, val, shard_tokens)
     own, (held, _), (files, others) = get_tokenizer(tokenizer), list_files(val_files), list_files(inputs)
     files = [file for file in files if file not in held]
-    where = [[field, *values.split(',')] for field, _, values in (condition.partition('=') for condition in where)]
+    where = [[field, *values.split(',')] for field, _, values in (condition.partition('=') for condition in where or ())]
+    if wrong := [field for field, *values in where if not field or values == ['']]:
+        raise DataError(f'--where {wrong[0]}: expected FIELD=VALUE, as meta.pile_set_name=Github.')
     if (where or by) and (texts := [file for file in [*held, *files] if file.endswith('.txt')]):
         raise DataError(f'{texts[0]}: a .txt has no fields for --where and --by.')
     hashes = [_val_hashes(data_dir, other) for other in keep_out]
@@ -1536,7 +1540,7 @@ def main():
     p.add_argument('--keep_out', nargs='+', default=(), metavar='NAME', help='prepared sources whose validation '
                    'documents are left out of train too')
     p.add_argument('--text_field', default='text', help='of the objects or columns; dots lead inside: meta.text')
-    p.add_argument('--where', action='append', default=(), metavar='FIELD=VALUE,...', help='only documents with one '
+    p.add_argument('--where', action='append', metavar='FIELD=VALUE,...', help='only documents with one '
                    'of these values, as meta.pile_set_name=Github; several: all must hold')
     p.add_argument('--by', metavar='FIELD', help='a source for each value, as meta.redpajama_set_name: NAME_c4, ...')
     p.add_argument('--max_tokens', type=int, help='stop after the document that completes so many train tokens')

@@ -206,10 +206,10 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
             data.list_files([pattern])
 
 
-BAD = [(b'{"text": "cut', 'not JSON'), (b'{"title": "x"}', 'no text'), (b'{"text": 5}', 'text is not text'),
+BAD = [(b'{"text": "cut', 'not JSON'), (b'{"title": "x"}', 'no text'), (b'{"text": 5}', 'text is no string'),
        (b'{"text": "\\ud800"}', 'half of a surrogate pair'), (b'["x"]', 'no text'), (b'{"text": " \\n"}', 'empty'),
        (b'{"text": "\xff\xfe"}', 'not UTF-8'), (b'{"text": "a\\u0000b"}', 'NUL byte'), (b'\0\0', 'not JSON'),
-       (b'[' * 100_000, 'not JSON'), (b'null', 'no text'), (b'{"text": ["a"]}', 'text is not text')]
+       (b'[' * 100_000, 'not JSON'), (b'null', 'no text'), (b'{"text": ["a"]}', 'text is no string')]
 
 
 def test_what_is_wrong_is_counted_and_shown(tmp_path, small_blocks, capsys):
@@ -222,7 +222,7 @@ def test_what_is_wrong_is_counted_and_shown(tmp_path, small_blocks, capsys):
     prepare_files('x', [tmp_path], tmp_path / 'data', val=0)
     assert documents(tmp_path / 'data' / 'x') == make_texts(200)
     skipped = summary(tmp_path / 'data' / 'x')['skipped']
-    assert skipped == {'not JSON': 3, 'no text': 3, 'text is not text': 2, 'half of a surrogate pair': 1, 'empty': 2,
+    assert skipped == {'not JSON': 3, 'no text': 3, 'text is no string': 2, 'half of a surrogate pair': 1, 'empty': 2,
                        'not UTF-8': 2, 'NUL byte': 1}
     out = capsys.readouterr().out
     for i, (_, kind) in enumerate(BAD):
@@ -293,6 +293,11 @@ def test_where_and_fields(tmp_path):
     prepare_files('x', [file], tmp_path, text_field='body.text', where=['meta.set=a,b', 'meta.year=2001'], val=0)
     assert documents(tmp_path / 'x') == [str(i) for i in range(60) if i % 3 < 2 and i % 2]
     assert summary(tmp_path / 'x')['skipped'] == {'no meta.set': 1, 'left out by --where': 40}
+    run = cli('y', file, '--text_field', 'body.text', '--where', 'meta.set=a,b', '--where', 'meta.year=2001', '--val', 0,
+              cwd=tmp_path)
+    assert run.returncode == 0 and documents(tmp_path / 'data/y') == documents(tmp_path / 'x')
+    run = cli('z', file, '--where', 'meta.set', cwd=tmp_path)
+    assert run.returncode == 2 and '--where meta.set: expected FIELD=VALUE' in run.stderr
 
 
 def test_validation_files_and_documents_of_others(tmp_path):
