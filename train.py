@@ -514,13 +514,6 @@ def against_chance(val, vocab_size):
 # -----------------------------------------------------------------------------
 # Record
 
-def write_whole(path, text):
-    """A small file, as it was or as it is to be, whatever happens in between."""
-    temp = path.with_name(f'{path.name}.tmp')
-    temp.write_text(text)
-    os.replace(temp, path)
-
-
 class Record:
     """metrics.jsonl, one object an event, and its mirrors. On resume, rows past the resumed step are dropped."""
 
@@ -532,7 +525,7 @@ class Record:
                     row = json.loads(line)
                     if row['step'] < step or row['step'] == step and row['event'] == 'train':
                         kept.append(line)
-        write_whole(path, ''.join(kept))
+        data.write_whole(path, ''.join(kept))
         self.file = open(path, 'a', buffering=1)        # a line at a time, so a kill loses none
         self.mirrors = []
         if cfg.wandb:
@@ -669,8 +662,8 @@ def announce(cfg, origin, derived, lr, mixture):
     made_by = provenance()
     print(configurator.render(given, origin), *(f'{key}: {value}' for key, value in (facts | made_by).items()), '',
           schedules.table(lr), '', describe_data(mixture, derived['phases'], total, rows), '', sep='\n', flush=True)
-    write_whole(Path(cfg.out_dir, 'config.json'),
-                json.dumps({'config': given, 'origin': origin, 'derived': derived, **made_by}, indent=1))
+    data.write_whole(Path(cfg.out_dir, 'config.json'),
+                     json.dumps({'config': given, 'origin': origin, 'derived': derived, **made_by}, indent=1))
 
 
 def train(cfg, origin, process, state):

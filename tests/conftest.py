@@ -63,6 +63,20 @@ def bpe(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def finished(corpora, tmp_path_factory):
+    """A finished run on 'old', evaluated on all windows."""
+    import eval
+    import train
+    out = tmp_path_factory.mktemp('finished') / 'a'
+    knobs = {**TINY, 'out_dir': str(out), 'data_dir': str(corpora), 'eval_windows': 0, 'max_steps': 30}
+    Path(f'{out}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in knobs.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval, 'plot', lambda folders, out: None)
+        assert train.main([f'{out}.py']) == 0
+    return out
+
+
 @pytest.fixture
 def config(tmp_path, corpora, monkeypatch):
     """config('a', key=value, ...) writes a.py in an empty working directory, out_dir 'out/a', and gives its name.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics
+from conftest import ROOT, metrics
 
 import data
 import eval
@@ -324,18 +324,6 @@ def test_what_a_picture_shows(tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # Command line
-
-@pytest.fixture(scope='module')
-def finished(corpora, tmp_path_factory, one_thread):
-    """A finished run on 'old', evaluated on all windows."""
-    out = tmp_path_factory.mktemp('finished') / 'a'
-    knobs = {**TINY, 'out_dir': str(out), 'data_dir': str(corpora), 'eval_windows': 0, 'max_steps': 30}
-    Path(f'{out}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in knobs.items()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval, 'plot', lambda folders, out: None)
-        assert train.main([f'{out}.py']) == 0
-    return out
-
 
 @pytest.fixture
 def trained(finished, tmp_path, monkeypatch):

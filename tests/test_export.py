@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, metrics, saved
+from conftest import metrics, saved
 
 import data
 import eval
@@ -155,18 +155,6 @@ def test_the_other_gelu(start, says, fails):
 # -----------------------------------------------------------------------------
 # Weights out
 
-@pytest.fixture(scope='module')
-def finished(corpora, tmp_path_factory, one_thread):
-    """A finished run of bytes."""
-    out = tmp_path_factory.mktemp('finished') / 'a'
-    knobs = {**TINY, 'out_dir': str(out), 'data_dir': str(corpora), 'max_steps': 6}
-    Path(f'{out}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in knobs.items()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval, 'plot', lambda folders, out: None)
-        assert train.main([f'{out}.py']) == 0
-    return out
-
-
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -205,7 +193,7 @@ def test_what_is_refused(run, fails, tmp_path):
     assert [path.name for path in Path('full').iterdir()] == ['mine.txt']
     fails(eval, 'export', 'nowhere', 'hf', words=['nowhere'])
     fails(eval, 'export', run, 'hf', '--tokenizer', 'nowhere', words=['nowhere'])
-    state = torch.load(f'{run}/ckpt_00000006.pt', weights_only=True)
+    state = torch.load(f'{run}/ckpt_00000030.pt', weights_only=True)
     state['weights']['embed_out.weight'][0, 0] = 1e5
     torch.save(state, 'large.pt')
     fails(eval, 'export', 'large.pt', 'hf', '--dtype', 'fp16', words=['fp16', 'too large', 'bf16'])
