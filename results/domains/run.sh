@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# One domain after another, or their mixture (Ibrahim et al. 2024, appendix A.1). Seed 1; about 2 minutes on 2 CPU cores
+# One domain after another, or their mixture (Ibrahim et al. 2024, appendix A.1). Three seeds; about 6 minutes on 2 CPU cores
 # after first_curve.
-SEEDS=${SEEDS:-1}
 . "$(dirname "$0")/../common.sh"
 here=results/domains
 

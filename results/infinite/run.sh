@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Infinite schedules against the cosine: on one dataset from random weights (Ibrahim et al. 2024, Fig. 9), on new data,
-# and against the cosine repeated over three datasets (Fig. 10). Seed 1; about 11 minutes on 2 CPU cores after replay.
-SEEDS=${SEEDS:-1}
+# and against the cosine repeated over three datasets (Fig. 10). Three seeds; about 33 minutes on 2 CPU cores after replay.
 . "$(dirname "$0")/../common.sh"
 here=results/infinite
 
@@ -14,28 +13,33 @@ for s in $SEEDS; do
     on $s maths_replay0 config/rewarm_docs_maths.py --replay=0
 done
 
-run splits_repeated_seed1 config/infinite_docs.py --seed=1 --schedule=repeated_cosine
-for kind in cosine inv_sqrt; do
-    run splits_infinite_${kind}_seed1 config/infinite_docs.py --seed=1 --schedule=infinite_$kind
+for s in $SEEDS; do
+    run splits_repeated_seed$s config/infinite_docs.py --seed=$s --schedule=repeated_cosine
+    for kind in cosine inv_sqrt; do
+        run splits_infinite_${kind}_seed$s config/infinite_docs.py --seed=$s --schedule=infinite_$kind
+    done
 done
 wait
 # Released models: from 85% of each part the rate falls to its end, while the main line goes on to the next part.
-for kind in cosine inv_sqrt; do
-    for part in 1 2 3; do
-        anneal=$((300 * part - 45))
-        run splits_infinite_${kind}_release${part}_seed1 config/infinite_docs.py --seed=1 --schedule=infinite_$kind \
-            --branch_from=out/splits_infinite_${kind}_seed1/ckpt_$(printf %08d $anneal).pt --anneal=$anneal \
-            --max_steps=$((300 * part)) --train_data="{'docs_${part}of3': 1}" --switches='[]' --milestones='[]'
+for s in $SEEDS; do
+    for kind in cosine inv_sqrt; do
+        for part in 1 2 3; do
+            anneal=$((300 * part - 45))
+            run splits_infinite_${kind}_release${part}_seed$s config/infinite_docs.py --seed=$s \
+                --schedule=infinite_$kind --branch_from=out/splits_infinite_${kind}_seed$s/ckpt_$(printf %08d $anneal).pt \
+                --anneal=$anneal --max_steps=$((300 * part)) --train_data="{'docs_${part}of3': 1}" --switches='[]' \
+                --milestones='[]'
+        done
     done
 done
 wait
 
 one=$(each out/{pretrain_docs,docs_infinite_cosine,docs_infinite_inv_sqrt})
 new=$(each out/maths_{replay0,infinite_cosine,infinite_inv_sqrt})
-three=$(echo out/splits_{repeated,infinite_{cosine,inv_sqrt}{,_release{1,2,3}}}_seed1)
+three=$(each out/splits_{repeated,infinite_{cosine,inv_sqrt}{,_release{1,2,3}}})
 python eval.py table $one --claims $here/claims_one.txt --out $here/table_one.md
 python eval.py table $new --claims $here/claims_new.txt --out $here/table_new.md
 python eval.py table $three --claims $here/claims_three.txt --out $here/table_three.md
 python eval.py plot $one --out $here/one.png
 python eval.py plot $new --out $here/new.png
-python eval.py plot out/splits_{repeated,infinite_cosine{,_release{1,2,3}}}_seed1 --out $here/three.png
+python eval.py plot $(each out/splits_{repeated,infinite_cosine{,_release{1,2,3}}}) --out $here/three.png

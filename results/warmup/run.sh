@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # How long to warm up: 0, 0.5, 1 and 2% of the stage (Gupta et al. 2023, Fig. 1; Ibrahim et al. 2024, Fig. 3).
-# Seed 1; about 3 minutes on 2 CPU cores after first_curve.
-SEEDS=${SEEDS:-1}
+# Three seeds; about 9 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/warmup
 
