@@ -1291,7 +1291,7 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     _check_target(name, data_dir, val, shard_tokens)
     own, (held, _), (files, others) = get_tokenizer(tokenizer), list_files(val_files), list_files(inputs)
     files = [file for file in files if file not in held]
-    where = [[field, *values.split(',')] for field, _, values in (condition.partition('=') for condition in where or ())]
+    where = [[field, *values.split(',')] for field, _, values in (words.partition('=') for words in where or ())]
     if wrong := [field for field, *values in where if not field or values == ['']]:
         raise DataError(f'--where {wrong[0]}: expected FIELD=VALUE, as meta.pile_set_name=Github.')
     if (where or by) and (texts := [file for file in [*held, *files] if file.endswith('.txt')]):
@@ -1526,7 +1526,8 @@ def main():
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser('prepare', help='text to shards')
     p.add_argument('name', help=f'of the source; without inputs: {", ".join(EMBEDDED)}')
-    p.add_argument('inputs', nargs='*', help=f'files, folders, globs of {", ".join(SUFFIXES)}; a .txt is one document')
+    p.add_argument('inputs', nargs='*', help=f'files, folders, globs of {", ".join(SUFFIXES)}; a .txt is one document, of '
+                   'up to 64 MiB')
     p.add_argument('--data_dir', default='data')
     p.add_argument('--tokenizer', default='bytes', help="'bytes', 'gpt2', or a path: a tokenizer.json, or a folder "
                    "with one (a Hugging Face directory) or with GPT-2's files")
