@@ -1250,18 +1250,28 @@ def _size(files):
     return sum(map(os.path.getsize, files))
 
 
-def _lock(work):
-    """The open folder, locked: one prepare at a time."""
+@contextlib.contextmanager
+def _held(work):
+    """The folder `work` for one prepare at a time. When the disk is full, it says what to do."""
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl                                            # not on Windows, where nothing is locked
-        folder = os.open(work, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder
-    except ImportError:
-        return None
-    except OSError:
-        raise DataError(f'{work} is in use by another prepare. Wait for it, or stop it.') from None
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl                                        # not on Windows, where nothing is locked
+            folder = os.open(work, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise DataError(f'{work} is in use by another prepare. Wait for it, or stop it.') from None
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(work.parent).free / 1e9
+            raise DataError(f'{work}: {error.strerror}, {free:.1f} GB are free. What is done stays: make room, and the '
+                            'same command goes on.') from None
 
 
 def _open_journal(work, settings):
@@ -1302,8 +1312,7 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
              'max_tokens': max_tokens, 'keep_out': [[other, len(found)] for other, found in zip(keep_out, hashes)]}
     stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in paths]
              for group, paths in (('inputs', files), ('val_files', held))}
-    work, writer, sources = Path(data_dir, f'.{name}.prepare'), None, {}
-    lock = _lock(work)
+    work, sources = Path(data_dir, f'.{name}.prepare'), {}
 
     def source_of(value):
         if value not in sources:
@@ -1316,9 +1325,11 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
     def save():
         writer.sync()
         write_whole(work / 'journal.json', json.dumps(journal))
-    try:
+
+    with _held(work), contextlib.ExitStack() as stack:
         journal = _open_journal(work, {**about, **stats})
         writer = Writer(work, own, None if eot == 'none' else own.eot, shard_tokens, journal['counts'])
+        stack.callback(writer.close)
         journal['counts'] = writer.counts
         if not journal['done']:
             _tokenize(writer, journal, job, held, files, source_of, save, workers=workers, strict=strict,
@@ -1330,17 +1341,6 @@ def prepare_files(name, inputs, data_dir='data', *, tokenizer='bytes', eot='appe
             save()
         writer.publish(data_dir)
         shutil.rmtree(work)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(data_dir).free / 1e9
-        raise DataError(f'{work}: {error.strerror}, {free:.1f} GB are free. What is done stays: make room, and the '
-                        'same command goes on.') from None
-    finally:
-        if writer:
-            writer.close()
-        if lock is not None:
-            os.close(lock)
 
 
 def _report(name, work, writer, journal, others):
@@ -1526,8 +1526,8 @@ def main():
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser('prepare', help='text to shards')
     p.add_argument('name', help=f'of the source; without inputs: {", ".join(EMBEDDED)}')
-    p.add_argument('inputs', nargs='*', help=f'files, folders, globs of {", ".join(SUFFIXES)}; a .txt is one document, of '
-                   'up to 64 MiB')
+    p.add_argument('inputs', nargs='*', help=f'files, folders, globs of {", ".join(SUFFIXES)}; a .txt is one document, '
+                   'of up to 64 MiB')
     p.add_argument('--data_dir', default='data')
     p.add_argument('--tokenizer', default='bytes', help="'bytes', 'gpt2', or a path: a tokenizer.json, or a folder "
                    "with one (a Hugging Face directory) or with GPT-2's files")

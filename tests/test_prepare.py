@@ -389,10 +389,8 @@ def test_another_command_in_between(tmp_path, small_blocks):
 
 def test_two_at_once(tmp_path):
     file = write(tmp_path / 'a.jsonl', rows(make_texts(5)))
-    lock = data._lock(tmp_path / '.x.prepare')
-    with pytest.raises(DataError, match='in use by another prepare'):
+    with data._held(tmp_path / '.x.prepare'), pytest.raises(DataError, match='in use by another prepare'):
         prepare_files('x', [file], tmp_path)
-    os.close(lock)
     prepare_files('x', [file], tmp_path, val=0)
 
 
