@@ -806,10 +806,12 @@ def tokenizer_hash(name):
 
 def tokenizer_name(shard):
     """The name of a Shard's tokenizer, None when unknown: one of ours, or as the summary.json beside it says."""
-    names = ['bytes', *TOKENIZER_NAMES.values()]
+    known = {tokenizer_hash(name): name for name in ('bytes', *TOKENIZER_NAMES.values())}
+    if shard.tokenizer in (None, *known):                       # nothing to be read: a run may have thousands of shards
+        return known.get(shard.tokenizer)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        names.append(json.loads(Path(shard.path).with_name('summary.json').read_text('utf-8'))['tokenizer'])
-    return next((name for name in names if tokenizer_hash(str(name)) == shard.tokenizer), None)
+        name = json.loads(Path(shard.path).with_name('summary.json').read_text('utf-8'))['tokenizer']
+        return name if tokenizer_hash(str(name)) == shard.tokenizer else None
 
 
 def _tokenizer_said(shard):
@@ -953,6 +955,12 @@ def _check_target(name, data_dir, val, shard_tokens):
         raise DataError(f'{Path(data_dir, name)} exists. Remove it first, or choose another name.')
 
 
+def _check_train(name, counts):
+    if not any(stream.endswith('/train') for stream in counts):
+        n = sum(n['documents'] for n in counts.values())
+        raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
+
+
 def _encode(text, raw, tokenizer, eot, val):
     """(split, ids, bytes, hash) of a document: a hash of its text alone says whether it is held out."""
     digest, ids = blake2b(raw, digest_size=8).digest(), tokenizer.encode(text)
@@ -978,10 +986,7 @@ def write_corpus(documents, name, data_dir='data', *, val=0.05, shard_tokens=100
     try:
         for text in documents:
             writer.add(name, *_encode(text, text.encode('utf-8'), tokenizer, 'append', val))
-        if f'{name}/train' not in writer.counts:
-            held_out = writer.counts.get(f'{name}/val', {'documents': 0})['documents']
-            raise DataError(f'prepare {name}: {held_out} documents held out and none to train on. Give more, or '
-                            'lower --val.')
+        _check_train(name, writer.counts)
         writer.finish({'tokenizer': tokenizer.name, 'eot': 'append', 'val': val}, {})
         writer.publish(data_dir)
     finally:
@@ -1349,10 +1354,11 @@ def _report(name, work, writer, journal, others):
     for kind, n in journal['skipped'].items():
         shown = [line for line in journal['shown'] if line.endswith(f': {kind}')]
         print(f'{n:,} documents left out: {kind}', *shown, sep='\n  ')
-    if not any(stream.endswith('/train') for stream in writer.counts):
-        shutil.rmtree(work)
-        n = sum(n['documents'] for n in writer.counts.values())
-        raise DataError(f'prepare {name}: {n:,} documents held out and none to train on. Give more, or lower --val.')
+    try:
+        _check_train(name, writer.counts)
+    except DataError:
+        shutil.rmtree(work)                                     # the mend is another command, which could not go on
+        raise
 
 
 def _val_hashes(data_dir, name):

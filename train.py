@@ -189,7 +189,7 @@ def pick_dtype(name, device):
         else:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             name = 'bf16' if device == 'cpu' and native else 'fp32'
-    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}[name]
+    return eval.DTYPES[name]
 
 
 def keep_freed_memory():

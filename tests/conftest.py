@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+# The files of published tokenizers; tests that need them skip where they are not at hand.
+TOKENIZERS = Path(os.environ.get('REWARM_TOKENIZERS', ROOT.parent / 'shared' / 'tokenizers'))
 
 TINY = dict(train_data={'old': 1.0}, val_data=['old', 'new'], hidden_size=32, num_hidden_layers=1,
             num_attention_heads=2, block_size=32, batch_size=4, max_steps=20, learning_rate=3e-3, min_lr=3e-4,
@@ -47,19 +49,25 @@ def corpora(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='session')
-def bpe(tmp_path_factory):
-    """A folder with a small tokenizer.json of GPT-NeoX's structure, trained here: NFC, byte level, runs of spaces."""
+def train_bpe(folder, texts, vocab_size, runs=range(24, 1, -1), end='<|endoftext|>'):
+    """A small tokenizer.json of the structure of GPT-NeoX-20B's: NFC, byte level, runs of spaces, two specials."""
     tokenizers = pytest.importorskip('tokenizers', reason='it trains the tokenizer')
-    tokenizer, folder = tokenizers.Tokenizer(tokenizers.models.BPE()), tmp_path_factory.mktemp('bpe')
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(make_documents('abcdefghij', 1), tokenizers.trainers.BpeTrainer(
-        vocab_size=340, special_tokens=['<|endoftext|>', '<|padding|>'], show_progress=False,
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[end, '<|padding|>'], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_tokens([tokenizers.AddedToken(' ' * n, normalized=True) for n in range(24, 1, -1)])
+    tokenizer.add_tokens([tokenizers.AddedToken(' ' * n, normalized=True) for n in runs])
     tokenizer.save(str(folder / 'tokenizer.json'))
+    return tokenizer
+
+
+@pytest.fixture(scope='session')
+def bpe(tmp_path_factory):
+    """A folder with a tokenizer.json trained on the documents of 'old'."""
+    train_bpe(folder := tmp_path_factory.mktemp('bpe'), make_documents('abcdefghij', 1), 340)
     return folder
 
 

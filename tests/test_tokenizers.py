@@ -1,7 +1,6 @@
 """data.get_tokenizer: ids and texts equal to those of the `tokenizers` library and of tiktoken, on any text."""
 import base64
 import json
-import os
 import random
 import shutil
 import sys
@@ -11,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from conftest import TOKENIZERS as FILES
+from conftest import train_bpe
 from hypothesis import given, settings, strategies as st
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 import data
 from data import DataError, find_tokenizer, get_tokenizer
 
-FILES = Path(os.environ.get('REWARM_TOKENIZERS', ROOT.parent / 'shared' / 'tokenizers'))
 KINDS = ('trained', '20B', 'gpt2')
 SOME = ('the', "don't WE'LL", 'Größe', 'zażółć', '漢字仮名', 'नमस्ते', 'שלום', '😀👩\u200d👩\u200d👧', '3.14', '½²',
         '__init__(', '<|', '|>', 'endoftext', '<|endoftext|>', '<|padding|>', '<|endoftext|>\u0338', '\0', '\x1c',
@@ -30,19 +28,10 @@ texts = st.lists(st.sampled_from(SOME) | st.integers(1, 80).map(' '.__mul__) | s
 
 
 def train(folder, runs=range(24, 1, -1), vocab_size=1200, end=data.END):
-    """A small tokenizer.json of the structure of GPT-NeoX-20B's, trained on modules of the standard library."""
-    own = tokenizers.Tokenizer(tokenizers.models.BPE())
-    own.normalizer = tokenizers.normalizers.NFC()
-    own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[end, '<|padding|>'], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    """train_bpe on modules of the standard library."""
     library = Path(json.__file__).parents[1]
-    own.train_from_iterator([*((library / f).read_text() for f in ('argparse.py', 'heapq.py')), *SOME * 9], trainer)
-    own.add_tokens([tokenizers.AddedToken(' ' * n, normalized=True) for n in runs])
-    own.save(str(folder / 'tokenizer.json'))
-    return own
+    texts = [*((library / f).read_text() for f in ('argparse.py', 'heapq.py')), *SOME * 9]
+    return train_bpe(folder, texts, vocab_size, runs, end)
 
 
 def gpt2_of_hugging_face():

@@ -3,14 +3,13 @@ directory, as they are downloaded, through config/rewarm_pile_slim.py, to a dire
 benchmark. Each step takes what the one before it left behind, and nothing else.
 """
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_documents, metrics
+from conftest import ROOT, TOKENIZERS, make_documents, metrics
 
 import data
 import eval
@@ -19,8 +18,6 @@ import train
 zstandard = pytest.importorskip('zstandard', reason='the corpora come as .jsonl.zst')
 transformers = pytest.importorskip('transformers', reason='it makes the weights and opens the result')
 
-ROOT = Path(__file__).resolve().parent.parent
-PILE20B = Path(os.environ.get('REWARM_TOKENIZERS', ROOT.parent / 'shared' / 'tokenizers')) / '20B_tokenizer.json'
 PILE, SLIM = ('Pile-CC', 'Github', 'PubMed Central'), ('RedPajamaCommonCrawl', 'RedPajamaC4')
 
 
@@ -42,7 +39,7 @@ def hub(tmp_path, bpe, monkeypatch):
     transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
         vocab_size=50304, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
         max_position_embeddings=64, rotary_pct=0.25, bos_token_id=0, eos_token_id=0)).save_pretrained('weights/toy')
-    tokenizer = PILE20B if PILE20B.exists() else bpe / 'tokenizer.json'
+    tokenizer = next(f for f in (TOKENIZERS / '20B_tokenizer.json', bpe / 'tokenizer.json') if f.exists())
     Path('weights/toy/tokenizer.json').write_bytes(tokenizer.read_bytes())
     return tokenizer
 
