@@ -14,6 +14,7 @@ import pickle
 import shutil
 import tempfile
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -24,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import triton
@@ -118,7 +120,9 @@ PYTHIA = {
 # -----------------------------------------------------------------------------
 # Which operations run as Triton kernels.
 
-Fused = namedtuple('Fused', 'norm attention loss')      # True: by Triton kernels; False: by PyTorch
+Fused = namedtuple('Fused', 'norm attention loss')      # True: by Triton kernels; False: by PyTorch; or CUDNN
+CUDNN = 'cuDNN'                                         # PyTorch's attention, by cuDNN where that takes the shape
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PYTORCH = Fused(False, False, False)
 said = set()
 
@@ -130,10 +134,12 @@ def say(line):
     said.add(line)
 
 
-def pick_kernels(wanted, device, dtype, hidden_size, head_size):
+def pick_kernels(wanted, device, dtype, hidden_size, head_size, deterministic=True):
     """-> Fused. wanted: 'triton', 'torch', or 'auto', which is Triton on CUDA and PyTorch elsewhere.
 
-    Says once (rank 0) what runs where, and for each operation that falls back to PyTorch, why.
+    'auto' leaves attention to PyTorch where that is faster: in float32, whose products no matrix unit does in full
+    precision; and for heads above 64 on Hopper, by cuDNN, whose gradients vary in their last bits from run to run,
+    unless the run is to be deterministic. Says once (rank 0) what runs where, and why an operation is PyTorch's.
     """
     if wanted not in ('auto', 'triton', 'torch'):
         raise ModelError(f"kernels is {wanted!r}, expected 'auto', 'triton' or 'torch'")
@@ -150,9 +156,16 @@ def pick_kernels(wanted, device, dtype, hidden_size, head_size):
             dtype not in (torch.float32, torch.float16, torch.bfloat16)}.items() if holds), '')
     reasons = Fused(norm=reason or f'width {hidden_size} is above 8192' * (hidden_size > 8192),
                     attention=reason or f'head size {head_size} is above 256' * (head_size > 256), loss=reason)
+    if wanted == 'auto' and dtype == torch.float32 and not reason:
+        reasons = reasons._replace(attention='it is faster in float32')
+    cudnn = not (deterministic or reason or dtype == torch.float32) and wanted == 'auto' and head_size > 64
+    cudnn = cudnn and torch.cuda.get_device_capability()[0] == 9
+    if cudnn:
+        reasons = reasons._replace(attention='cuDNN: heads above 64 on Hopper, deterministic = False')
     say('kernels: ' + ', '.join(f'{name} by PyTorch ({reason})' if reason else f'{name} by Triton'
                                 for name, reason in reasons._asdict().items()))
-    return Fused(*(not reason for reason in reasons))
+    fused = Fused(*(not reason for reason in reasons))
+    return fused._replace(attention=CUDNN) if cudnn else fused
 
 
 # torch.compile shall run it while tracing and keep the result. This is all that torch.compiler.assume_constant_result
@@ -297,6 +310,7 @@ def add_norm_backward_kernel(S, Mean, Rstd, W1, W2, DS, DY1, DY2, DX, Rounded, S
         inside, at = (row < N)[:, None] & (col < C)[None, :], tl.cast(row, tl.int64)[:, None] * C + col[None, :]
         mean, rstd = tl.load(Mean + row, row < N, 0)[:, None], tl.load(Rstd + row, row < N, 0)[:, None]
         n = tl.where(inside, (tl.load(S + at, inside, 0).to(tl.float32) - mean) * rstd, 0)
+        ds = tl.load(DS + at, inside, 0).to(tl.float32)             # before the sums, after which it would wait alone
         dy = tl.load(DY1 + at, inside, 0).to(tl.float32)
         g = dy * w1
         dw1 += n * dy
@@ -307,7 +321,7 @@ def add_norm_backward_kernel(S, Mean, Rstd, W1, W2, DS, DY1, DY2, DX, Rounded, S
             dw2 += n * dy
             db2 += dy
         mean_g, mean_gn = tl.sum(g, 1)[:, None] / C, tl.sum(g * n, 1)[:, None] / C
-        dx = rstd * (g - mean_g - n * mean_gn) + tl.load(DS + at, inside, 0).to(tl.float32)
+        dx = rstd * (g - mean_g - n * mean_gn) + ds
         tl.store(DX + at, dx.to(DX.dtype.element_ty), inside)
         if Rounded is not None:
             tl.store(Rounded + at, dx.to(Rounded.dtype.element_ty), inside)
@@ -393,6 +407,9 @@ def rotate_kernel(QKV, Cos, Sin, N, T, H: constexpr, D: constexpr, HALF: constex
 # -----------------------------------------------------------------------------
 # Causal attention
 
+QUERY_BLOCK = 64
+
+
 class BlockedAttention(torch.autograd.Function):
     """Causal attention of (3, B, H, T, D) by batched matrix products over blocks of queries -> (B, H, T, D).
 
@@ -402,16 +419,15 @@ class BlockedAttention(torch.autograd.Function):
     which SDPA does not. With S = q k^T / sqrt(D), P = softmax(S), y = P v and gradients d_:
     dv = P^T dy,  dP = dy v^T,  dS = P (dP - rowsum(P dP)),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D).
     """
-    BLOCK = 64
 
     @staticmethod
     def forward(ctx, qkv):
         q, k, v = qkv.flatten(1, 2)                                 # (B H, T, D) each
         T, scale, y = q.shape[1], q.shape[2] ** -0.5, torch.empty_like(q)
-        future = torch.full((BlockedAttention.BLOCK,) * 2, -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
         kept = []
-        for s in range(0, T, BlockedAttention.BLOCK):
-            e = min(s + BlockedAttention.BLOCK, T)
+        for s in range(0, T, QUERY_BLOCK):
+            e = min(s + QUERY_BLOCK, T)
             scores = torch.bmm(q[:, s:e], k[:, :e].mT).mul_(scale)  # (B H, e - s, e)
             scores[:, :, s:] += future[:e - s, :e - s]
             P = torch.softmax(scores, dim=-1, out=scores)           # in place: fresh memory costs page faults
@@ -427,7 +443,7 @@ class BlockedAttention(torch.autograd.Function):
         dqkv = torch.zeros_like(qkv)
         dq, dk, dv = dqkv.flatten(1, 2)
         T, scale, dy = q.shape[1], q.shape[2] ** -0.5, dy.flatten(0, 1)
-        for s, P in zip(range(0, T, BlockedAttention.BLOCK), kept):
+        for s, P in zip(range(0, T, QUERY_BLOCK), kept):
             e = s + P.shape[1]
             dP = torch.bmm(dy[:, s:e], v[:, :e].mT)
             dS = torch._softmax_backward_data(dP, P, -1, P.dtype, grad_input=dP).mul_(scale)
@@ -475,7 +491,7 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin):
         B, T, H, _, D = qkv.shape
         rotate_packed_(qkv, cos, sin, False)
-        o, L = qkv.new_empty(B, T, H * D), qkv.new_empty(B, H, T, dtype=torch.float32)
+        o, L = qkv.new_empty(B, T, H * D), qkv.new_empty(B, H, padded_rows(T), dtype=torch.float32)
         attention_forward(qkv, o, L)
         ctx.save_for_backward(qkv, o, L, cos, sin)
         return o
@@ -491,15 +507,22 @@ class FlashAttention(torch.autograd.Function):
 
 # Tiles (queries, keys, warps, stages of the pipeline) of forward, dq, and dk dv, by bytes of a number and head size.
 # As large as goes without spilling registers (float32 heads above 64 do) and with 99 KB of shared memory, the least
-# that GPUs of compute capability 8.0 and up have. Keys divide queries in the first two, and queries keys in the last:
-# so tiles meet the diagonal with a corner.
+# that GPUs of compute capability 8.0 and up have. Of s stages, s - 2 tiles are loaded ahead while one is worked on: 2
+# stages wait for every load. Four warps, a group, share the rows of a product 64 at a time: a group too many for the
+# rows repeats the work of another. Keys divide queries in the first two, and queries keys in the last: so tiles meet
+# the diagonal with a corner. A kernel's queries divide those of the one before it, which fills the rows that it reads.
 ATTENTION_TILES = {
-    (2, 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-    (2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    (2, 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    (2, 128): ((128, 32, 8, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     (2, 256): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
     (4, 64): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     (4, 128): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     (4, 256): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
+
+
+def padded_rows(T):
+    """Rows of L and delta: whole tiles, so that their loads need no mask. Past the end, L = inf makes P = 0."""
+    return -(-T // 128) * 128
 
 
 def attention_sizes(qkv):
@@ -513,18 +536,19 @@ def attention_sizes(qkv):
 @launcher('o', 'L')
 def attention_forward(qkv: Tensor, o: Tensor, L: Tensor) -> None:
     B, T, H, D, padded, scale, scale2, ((queries, keys, warps, stages), _, _) = attention_sizes(qkv)
-    attention_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, T, scale2, H, D, padded, queries, keys,
+    attention_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, T, L.shape[-1], scale2, H, D, padded, queries, keys,
                                                      num_warps=warps, num_stages=stages)
 
 
 @launcher('dqkv', 'delta')
 def attention_backward(qkv: Tensor, o: Tensor, L: Tensor, do: Tensor, dqkv: Tensor, delta: Tensor) -> None:
     B, T, H, D, padded, scale, scale2, (_, (queries, keys, warps, stages), dkv) = attention_sizes(qkv)
-    attention_dq_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, do, dqkv, delta, T, scale, scale2, H, D, padded,
-                                                        queries, keys, num_warps=warps, num_stages=stages)
+    sizes = T, L.shape[-1], scale, scale2, H, D, padded
+    attention_dq_kernel[triton.cdiv(T, queries), B * H](qkv, o, L, do, dqkv, delta, *sizes, queries, keys,
+                                                        num_warps=warps, num_stages=stages)
     queries, keys, warps, stages = dkv                  # after it, for the delta that it writes
-    attention_dkv_kernel[triton.cdiv(T, keys), B * H](qkv, L, do, dqkv, delta, T, scale, scale2, H, D, padded,
-                                                      queries, keys, num_warps=warps, num_stages=stages)
+    attention_dkv_kernel[triton.cdiv(T, keys), B * H](qkv, L, do, dqkv, delta, *sizes, queries, keys,
+                                                      num_warps=warps, num_stages=stages)
 
 
 @jit
@@ -546,7 +570,7 @@ def tile(row, col, pitch, T, D: constexpr):
 
 
 @jit
-def attention_kernel(QKV, O, L, T, scale2,
+def attention_kernel(QKV, O, L, T, L_ROWS, scale2,
                      H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES   # the longest rows first: no late straggler
     row, col = start + tl.arange(0, QUERIES), tl.arange(0, COLS)
@@ -560,21 +584,21 @@ def attention_kernel(QKV, O, L, T, scale2,
             key = s + tl.arange(0, KEYS)
             at_key, real = tile(key, col, 3 * H * D, T, D)
             k, v = tl.load(Q + D + at_key, real, 0), tl.load(Q + 2 * D + at_key, real, 0)   # (KEYS, D)
-            scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale2                # (QUERIES, KEYS)
+            scores = tl.dot(q, tl.trans(k), input_precision='ieee')                         # (QUERIES, KEYS)
             if diagonal:
                 scores = tl.where(row[:, None] >= key[None, :], scores, float('-inf'))
-            higher = tl.maximum(peak, tl.max(scores, 1))
-            p, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(peak - higher)
+            higher = tl.maximum(peak, tl.max(scores, 1) * scale2)
+            p, shrink = tl.exp2(scores * scale2 - higher[:, None]), tl.exp2(peak - higher)
             total = total * shrink + tl.sum(p, 1)
             out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision='ieee')
             peak = higher
-    tl.store(L + tl.program_id(1) * T + row, peak + tl.log2(total), row < T)
+    tl.store(L + tl.program_id(1) * L_ROWS + row, tl.where(row < T, peak + tl.log2(total), float('inf')))
     at, inside = tile(row, col, H * D, T, D)
     tl.store(output_of(O, T, H, D) + at, (out / total[:, None]).to(O.dtype.element_ty), inside)
 
 
 @jit
-def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale, scale2,
+def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, L_ROWS, scale, scale2,
                         H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     row, col = start + tl.arange(0, QUERIES), tl.arange(0, COLS)
@@ -583,9 +607,9 @@ def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale, scale2,
     o, do = tl.load(output_of(O, T, H, D) + at, inside, 0), tl.load(output_of(DO, T, H, D) + at, inside, 0)
     at, inside = tile(row, col, 3 * H * D, T, D)
     q = tl.load(Q + at, inside, 0)                                  # (QUERIES, D)
-    lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))        # past the end: P = exp(S - inf) = 0
+    lse = tl.load(L + tl.program_id(1) * L_ROWS + row)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(Delta + tl.program_id(1) * T + row, delta, row < T)
+    tl.store(Delta + tl.program_id(1) * L_ROWS + row, delta)
     dq = tl.zeros((QUERIES, COLS), tl.float32)
     for diagonal in tl.static_range(2):
         for s in range(start if diagonal else 0, tl.minimum(start + QUERIES, T) if diagonal else start, KEYS):
@@ -601,7 +625,7 @@ def attention_dq_kernel(QKV, O, L, DO, DQKV, Delta, T, scale, scale2,
 
 
 @jit
-def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, scale, scale2,
+def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, L_ROWS, scale, scale2,
                          H: constexpr, D: constexpr, COLS: constexpr, QUERIES: constexpr, KEYS: constexpr):
     start = tl.program_id(0) * KEYS
     key, col = start + tl.arange(0, KEYS), tl.arange(0, COLS)
@@ -615,8 +639,8 @@ def attention_dkv_kernel(QKV, L, DO, DQKV, Delta, T, scale, scale2,
             at_q, real = tile(row, col, 3 * H * D, T, D)
             at_o, _ = tile(row, col, H * D, T, D)
             q, do = tl.load(Q + at_q, real, 0), tl.load(output_of(DO, T, H, D) + at_o, real, 0)     # (QUERIES, D)
-            lse = tl.load(L + tl.program_id(1) * T + row, row < T, float('inf'))
-            delta = tl.load(Delta + tl.program_id(1) * T + row, row < T, 0)
+            lse = tl.load(L + tl.program_id(1) * L_ROWS + row)
+            delta = tl.load(Delta + tl.program_id(1) * L_ROWS + row)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale2 - lse[None, :])
             if not after:
                 p = tl.where(row[None, :] >= key[:, None], p, 0)
@@ -700,19 +724,20 @@ def cross_entropy_kernel(Logits, Targets, Losses, V: constexpr, BLOCK: constexpr
     Logits += tl.cast(row, tl.int64) * V
     target = tl.load(Targets + row)                                 # no such token: a loss of NaN
     right = tl.load(Logits + target, (target >= 0) & (target < V), float('nan')).to(tl.float32)
-    peak, total = float('-inf'), 0.0
+    peak, total, target, log2e = float('-inf'), 0.0, target.to(tl.int32), 1.4426950408889634
     for s in range(0, V, BLOCK):
         col = s + tl.arange(0, BLOCK)
         x = tl.load(Logits + col, col < V, float('-inf')).to(tl.float32)
         higher = tl.maximum(peak, tl.max(x, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), 0)
+        total = total * tl.exp2((peak - higher) * log2e) + tl.sum(tl.exp2((x - higher) * log2e), 0)
         peak = higher
     tl.store(Losses + row, tl.log(total) + (peak - right))
     if WITH_GRADIENT:
         for s in range(0, V, BLOCK):
             col = s + tl.arange(0, BLOCK)
             x = tl.load(Logits + col, col < V, float('-inf')).to(tl.float32)
-            tl.store(Logits + col, (tl.exp(x - peak) / total - (col == target)).to(Logits.dtype.element_ty), col < V)
+            p = tl.exp2((x - peak) * log2e - tl.log2(total))
+            tl.store(Logits + col, (p - (col == target)).to(Logits.dtype.element_ty), col < V)
 
 
 # -----------------------------------------------------------------------------
@@ -734,11 +759,12 @@ class Attention(nn.Module):
         """
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, self.num_heads, 3, -1)     # (B, T, H, 3, D)
-        if fused.attention:
+        if fused.attention is True:
             return self.dense(FlashAttention.apply(qkv, cos, sin)), None
         qkv = SplitHeads.apply(qkv, cos, sin)                       # (3, B, H, T, D)
         if past is None:
-            y, present = causal_attention(qkv), (qkv[1], qkv[2])    # (B, H, T, D)
+            with sdpa_kernel(CUDNN_FIRST, set_priority=True) if fused.attention == CUDNN else nullcontext():
+                y, present = causal_attention(qkv), (qkv[1], qkv[2])        # (B, H, T, D)
         else:
             y, present = cached_attention(qkv, past)
         return self.dense(y.transpose(1, 2).reshape(B, T, C)), present
@@ -787,6 +813,7 @@ class GPTNeoX(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = 'auto'           # or 'triton', 'torch': see pick_kernels; may be set at any time
+        self.deterministic = True       # the same bits in every run, also where it is slower; likewise
         self.gpt_neox = nn.ModuleDict(dict(
             embed_in=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
@@ -829,7 +856,7 @@ class GPTNeoX(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]         # (T, R)
         x, branches = self.gpt_neox.embed_in(idx), ()               # (B, T, C)
         fused = PYTORCH if cache else pick_kernels(self.kernels, x.device.type, compute_dtype(x),
-                                                   self.config.hidden_size, self.config.head_size)
+                                                   self.config.hidden_size, self.config.head_size, self.deterministic)
         for i, layer in enumerate(self.gpt_neox.layers):
             x, branches, present = layer(x, branches, cos, sin, cache[i] if cache else None, fused)
             if cache:                                               # otherwise let go of the keys and values

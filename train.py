@@ -109,7 +109,8 @@ class Config:
     device: str = 'auto'                # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = 'auto'                 # bf16, fp16 or fp32; auto: bf16 where the hardware has it, else fp16 on cuda
     kernels: str = 'auto'               # 'triton', 'torch', or auto: Triton on cuda, PyTorch elsewhere (model.py)
-    compile: bool = False               # torch.compile: pays on GPUs; on CPU only after about 500 steps
+    compile: bool = False               # torch.compile of each layer: pays on GPUs; on CPU only after about 500 steps
+    deterministic: bool = True          # False: faster attention for heads above 64 on Hopper, whose last bits vary
 
     # --- record -----------------------------------------------------------------------------------------
     eval_every: int = 100               # steps; the first and the last step are evaluated too
@@ -124,8 +125,9 @@ class Config:
 
 # What may change when a run is resumed: the machine and the record, not what is computed.
 FREE = {'out_dir', 'overwrite', 'data_dir', 'paths', 'micro_batch_size', 'nonfinite', 'device', 'dtype', 'kernels',
-        'compile', 'eval_every', 'log_every', 'save_every', 'keep_last', 'milestones', 'wandb', 'tensorboard'}
-MACHINE = ('data_dir', 'paths', 'device', 'dtype', 'kernels', 'compile')    # an upstream run takes these from its heir
+        'compile', 'deterministic', 'eval_every', 'log_every', 'save_every', 'keep_last', 'milestones', 'wandb', 'tensorboard'}
+# An upstream run takes these from its heir.
+MACHINE = ('data_dir', 'paths', 'device', 'dtype', 'kernels', 'compile', 'deterministic')
 SHAPE = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size', 'rotary_pct',
          'use_parallel_residual', 'hidden_act')                     # fields of GPTNeoXConfig, too
 UPSTREAM_FLOPS = 1e18       # larger upstream runs (an hour of a large GPU) are not started as a side effect
@@ -555,8 +557,11 @@ def optional(module, flag, package=None):
 
 def provenance():
     """What is needed to make the run again."""
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip() or 'none'
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip() or 'none'
+    except FileNotFoundError:                           # slim containers have no git
+        commit = 'none'
     return {'command': ' '.join(sys.argv), 'commit': commit, 'python': platform.python_version(),
             'torch': str(torch.__version__), 'numpy': np.__version__, 'machine': platform.platform(),
             'threads': torch.get_num_threads(),
@@ -618,7 +623,7 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
     """(model, what to call in training, optimizer, loss scaler), filled from the parent as the start mode says."""
     torch.manual_seed(cfg.seed)                         # on the CPU: the same initial weights on every device
     model = GPTNeoX(shape)
-    model.kernels = cfg.kernels
+    model.kernels, model.deterministic = cfg.kernels, cfg.deterministic
     if parent:
         check_tensors(parent['weights'], model.state_dict(), parent_name(cfg) or cfg.out_dir)
         model.load_state_dict(parent['weights'])
@@ -631,12 +636,17 @@ def build_model(cfg, shape, parent, mode, process, device, dtype):
         load_moments(optimizer, parent['optimizer'])
         if scaler.is_enabled() and parent['scaler']:
             scaler.load_state_dict(parent['scaler'])
-    forward = torch.compile(model) if cfg.compile else model
+    if cfg.compile:
+        # Layer by layer: one graph serves them all. Inside a graph, the embedding's gradient would become atomic
+        # additions on a GPU, which vary from run to run; and DDP would send no gradient before the whole backward pass.
+        for layer in model.gpt_neox.layers:
+            layer.compile()
+    forward = model
     if process.world > 1:
         ids = [process.local_rank] if device == 'cuda' else None
         DDP = torch.nn.parallel.DistributedDataParallel
-        DDP._set_params_and_buffers_to_ignore_for_model(forward, ['cos', 'sin'])    # alike already: nothing to exchange
-        forward = DDP(forward, device_ids=ids)
+        DDP._set_params_and_buffers_to_ignore_for_model(model, ['cos', 'sin'])      # alike already: nothing to exchange
+        forward = DDP(model, device_ids=ids)
     return model, forward, optimizer, scaler
 
 

@@ -193,6 +193,12 @@ def test_the_record_is_complete(config):
 
 
 @pytest.mark.pictures
+def test_a_machine_without_git_records_no_commit(config, monkeypatch):
+    monkeypatch.setenv('PATH', '/nonexistent')
+    ends_well(config('a', max_steps=1, warmup=0))
+    assert json.loads(Path('out/a/config.json').read_text())['commit'] == 'none'
+
+
 def test_a_run_without_validation_sets_ends_well(config):
     ends_well(config('a', val_data=[], max_steps=5, warmup=1))
 
