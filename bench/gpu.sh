@@ -7,8 +7,8 @@
 #     bash bench/gpu.sh OUT --rehearse        # on a CPU, toy sizes: shows that all of it runs
 #
 # Writes gpu.log and at most 7 JSON files to the folder OUT, each again after every result, so that
-# nothing is lost however this script ends. A part that fails, hangs or finds a wrong result does not
-# end the others. Exit code: 0; 1 if a part failed or ran out of time; 3 if a result is wrong.
+# nothing is lost however this script ends. A part that fails, hangs or finds a wrong result does
+# not end the others. Exit code: 0; 1 if a part failed or ran out of time; 3 if a result is wrong.
 # Needs python3 with PyTorch and Triton. transformers is compared with where it is installed.
 set -uo pipefail
 if [ $# -lt 1 ] || [[ "$1" == -* ]]; then

@@ -143,7 +143,8 @@ class Probe:
         # (norm, attention, loss)
         cases = {'all by Triton': (True, True, True), 'all by PyTorch': (False, False, False),
                  'norm by PyTorch': (False, True, True), 'loss by PyTorch': (True, True, False),
-                 'attention by PyTorch': (True, False, True)}
+                 'attention by PyTorch': (True, False, True),
+                 'attention by cuDNN': (True, internals.CUDNN, True)}
         for name, case in cases.items():
             with internals.only(*case):
                 found[name] = self.time(lambda: self.micro_step(net, batch), rounds=5, calls=2)

@@ -1,14 +1,15 @@
 """All that the benches use from inside model.py: they take it from here and from nowhere else.
 
 When model.py changes inside, this is the file to change. Beyond it the benches know only
-GPTNeoX (its gpt_neox.layers, its knob `kernels`), GPTNeoXConfig, PYTHIA, configure_optimizer and
-save_hf.
+GPTNeoX (its gpt_neox.layers, its knobs `kernels` and `deterministic`), GPTNeoXConfig, PYTHIA,
+configure_optimizer and save_hf.
 """
 import contextlib
 
 import model
 # The plain operations and the fused ones. Their last argument `fused` says which of the two runs.
-from model import PYTORCH, FlashAttention, Fused, SplitHeads, add_norm, head_loss, rotary_tables
+from model import (CUDNN, PYTORCH, FlashAttention, Fused, SplitHeads, add_norm, head_loss,
+                   rotary_tables)
 from model import rotate_packed_ as rotate_packed
 
 TRITON = Fused(True, True, True)
@@ -27,7 +28,10 @@ def kernels_run():
 
 @contextlib.contextmanager
 def only(norm, attention, loss):
-    """Inside, a GPTNeoX runs these operations as Triton kernels and the others by PyTorch."""
+    """Inside, a GPTNeoX runs these operations as Triton kernels and the others by PyTorch.
+
+    attention may also be CUDNN.
+    """
     original = model.pick_kernels
     model.pick_kernels = lambda *_: Fused(norm, attention, loss)
     try:
@@ -58,7 +62,11 @@ def tile(head_size, place, wanted):
 
 
 def tile_fits(place, wanted):
-    """Keys divide queries in the forward and dq kernels, queries divide keys in the dkv kernel."""
+    """Keys divide queries in the forward and dq kernels, queries divide keys in the dkv kernel.
+
+    The queries of a kernel also have to divide those of the kernel before it, unless T is a
+    multiple of 128, as it is where tiles are timed.
+    """
     queries, keys, _, _ = wanted
     return keys % queries == 0 if place == DKV else queries % keys == 0
 

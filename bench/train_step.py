@@ -7,6 +7,7 @@
 Contenders; '+compile' after a name compiles it:
     ours           model.py as it runs by default, on a GPU by Triton kernels; compiled by layer
     ours-pytorch   model.py with kernels = 'torch'; likewise
+    ours-cudnn     model.py with deterministic = False: on Hopper, cuDNN for heads above 64
     transformers   GPTNeoXForCausalLM, where it is installed; compiled as a whole
     litgpt         its GPT, where it is installed; its weights and losses are its own
 
@@ -102,9 +103,13 @@ def require_package(name):
         raise Missing(f'{name} is not installed')
 
 
-def ours(model, args, kernels):
+# Knobs of GPTNeoX: kernels, deterministic.
+OURS = {'ours': ('auto', True), 'ours-pytorch': ('torch', True), 'ours-cudnn': ('auto', False)}
+
+
+def ours(model, args, knobs):
     def loss(idx, targets):
-        model.kernels = kernels
+        model.kernels, model.deterministic = knobs
         return model(idx, targets)[1]
 
     def compile_layers():
@@ -231,12 +236,10 @@ class Race:
 
     def start(self, name):
         """A function that trains a step of the contender, whose weights are the first ones."""
-        implementation, _, compiled = name.partition('+')
-        kernels = 'torch' if implementation == 'ours-pytorch' else 'auto'
-        if implementation == 'ours-pytorch':
-            implementation = 'ours'
-        if implementation not in ('ours', *PEERS):
-            raise ValueError(f'no such contender; there are ours, ours-pytorch, {", ".join(PEERS)}')
+        kind, _, compiled = name.partition('+')
+        if kind not in OURS and kind not in PEERS:
+            raise ValueError(f'no such contender; there are {", ".join([*OURS, *PEERS])}')
+        implementation = 'ours' if kind in OURS else kind
         self.restore('ours')
         if implementation not in self.models:
             model = PEERS[implementation][0](self.ours)
@@ -244,7 +247,7 @@ class Race:
         self.restore(implementation)
         model = self.models[implementation]
         if implementation == 'ours':
-            contender = ours(model, self.args, kernels)
+            contender = ours(model, self.args, OURS[kind])
         else:
             contender = peer(model, PEERS[implementation][1], self.args)
         if compiled:
