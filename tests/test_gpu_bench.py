@@ -168,6 +168,82 @@ def test_a_contender_that_fails_is_left_out_of_the_timing():
     assert list(ms) == ['good'] and 'ZeroDivisionError' in errors['bad']
 
 
+class FakeEvent:
+    """Of a GPU's clock on which every call takes 3 ms."""
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'Event', FakeEvent)
+    monkeypatch.setattr(torch.cuda, '_sleep', lambda cycles: None)
+
+    def call():
+        FakeEvent.now += 3
+    assert common.milliseconds({'a': call, 'b': call}, 'cuda') == ({'a': 3, 'b': 3}, {})
+
+
+def test_peak_memory_is_what_comes_on_top(monkeypatch):
+    held = {'now': 5 * 2**30, 'most': 9 * 2**30}
+    for name in ('synchronize', 'empty_cache', 'reset_peak_memory_stats'):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: held['now'])
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: held['most'])
+    assert common.peak_gb(lambda: held.update(most=12 * 2**30)) == 7
+
+
+# As the real one: a line five times a second, until it is stopped. One reading is missing.
+NVIDIA_SMI = """
+[[ $* == *-lms* ]] || { echo "NVIDIA H200, 580, 345 MHz"; exit; }
+[[ $* == *--query-gpu=clocks.sm,power.draw,temperature.gpu* ]] || exit 1
+for clock in 1980 1755 '[N/A]' 1830; do echo "$clock, 690.5, 61"; done
+exec sleep 60
+"""
+
+
+def test_clocks_and_power_are_read_while_the_gpu_works(tmp_path, monkeypatch):
+    import gpu_probe
+    write_program(tmp_path / 'nvidia-smi', NVIDIA_SMI)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    assert gpu_probe.nvidia_smi('name,driver_version') == 'NVIDIA H200, 580, 345 MHz'
+    watch = gpu_probe.Watch()
+    time.sleep(0.3)
+    found = watch.stop()
+    assert found == {'clocks.sm': [1755, 1830, 1980], 'power.draw': [690.5] * 3,
+                     'temperature.gpu': [61] * 3}
+    monkeypatch.setenv('PATH', str(tmp_path / 'nothing'))
+    assert gpu_probe.Watch().stop() == {} and 'FileNotFound' in gpu_probe.nvidia_smi('name')
+
+
+@pytest.mark.skipif(common.versions()['triton'] is None, reason='Triton is not installed')
+def test_a_tile_is_put_back_and_what_was_compiled_is_read(monkeypatch):
+    import internals
+    import model
+    compiled = Namespace(n_regs=126, n_spills=0, metadata=Namespace(shared=81920))
+    kernel = {(3, 4): lambda *args, **options: compiled}
+    monkeypatch.setattr(model, 'attention_dq_kernel', kernel)
+    before = dict(model.ATTENTION_TILES)
+    with internals.tile(80, internals.DQ, (64, 64, 4, 3)):
+        assert internals.tile_in_use(80, internals.DQ) == (64, 64, 4, 3)
+        assert internals.tile_in_use(64, internals.DQ) == before[2, 64][1]
+        with internals.compiled_kernel(internals.DQ) as kept:
+            model.attention_dq_kernel[3, 4](1, 2, num_warps=4)
+    assert model.ATTENTION_TILES == before and model.attention_dq_kernel is kernel
+    assert internals.resources(kept[-1]) == {'registers': 126, 'spills': 0, 'shared_kb': 80}
+    assert internals.resources(None) == {}
+
+
 def test_no_module_of_bench_hides_a_library():
     """The scripts put bench/ on the path. A kernels.py there was imported by transformers."""
     script = ('import sys, importlib.util\n'
@@ -227,6 +303,22 @@ def test_without_peers_ours_is_measured(race, monkeypatch):
     assert found['ratio_of_medians'] is None
     assert found['absent'] == {'transformers': 'transformers is not installed',
                                'litgpt': 'litgpt is not installed'}
+
+
+def test_on_a_gpu_memory_and_share_of_the_peak_are_shown(tmp_path, race, monkeypatch, capsys):
+    """The GPU is a CPU that says it is one."""
+    real = train_step.Race.measure_memory
+
+    def on_gpu(self, name):
+        self.args.device = 'cuda'
+        real(self, name)
+        self.args.device = 'cpu'
+    monkeypatch.setattr(train_step.Race, 'measure_memory', on_gpu)
+    monkeypatch.setattr(train_step, 'peak_gb', lambda function: 41.5)
+    monkeypatch.setattr(common, 'peak_flops', lambda device: 989e12)
+    code, found = race('ours,ours-cudnn')
+    assert code == 0 and found['peak_gb_above_state'] == {'ours': 41.5, 'ours-cudnn': 41.5}
+    assert 0 < found['mfu']['ours'] < 1 and '  0%     41.5' in capsys.readouterr().out
 
 
 def test_losses_that_differ_are_said_and_nothing_is_lost(race, monkeypatch):
