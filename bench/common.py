@@ -2,6 +2,7 @@
 
 Every script takes the same three options (see `arguments`) and ends with `record.finish()`.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -180,8 +181,10 @@ def synchronize(device):
 
 
 def empty_cache():
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    # After an illegal memory access every call fails, this one too.
+    with contextlib.suppress(RuntimeError):
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def peak_gb(function):

@@ -126,9 +126,11 @@ def check(case, device, rehearse):
     for name in exact:
         near = distance(ours[name], exact[name])
         usual = distance(theirs[name], exact[name])
-        # In fp32 the order of sums alone makes differences of 1e-6.
+        # In fp32 the order of sums alone makes differences of 1e-6. And a single number, the loss,
+        # may be near by luck.
+        least = 1e-3 if name == 'loss' and case.dtype != 'fp32' else 1e-5
         rows.append({'name': name, 'distance': near, 'pytorch': usual,
-                     'ratio': near / max(usual, 1e-5)})
+                     'ratio': near / max(usual, least)})
     worst = max(rows, key=lambda row: row['ratio'])
     finite = all(bool(tensor.isfinite().all()) for tensor in ours.values())
     same_bits = all(torch.equal(ours[name], again[name]) for name in ours)
