@@ -18,7 +18,7 @@ import configurator
 import eval
 import train
 from configurator import UserError
-from results import claims, plane
+from results import claims, overview, plane
 
 RESULTS = ROOT / 'results'
 
@@ -40,21 +40,26 @@ def runs(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------
 # Claims
 
+# b - a on 'old' is 0.1, 0.2, 0.3: mean 0.2, standard deviation 0.1, and for three seeds
+# t = 4.303, so that the interval is 0.2 -+ 4.303 * 0.1 / sqrt(3) = 0.2 -+ 0.248
 @pytest.mark.parametrize('formula, verdict, effects', [
-    ('old: a < b', 'Holds', ['0.200 ± 0.100, 3 seeds']),
-    ('old: b < a', 'Does not hold', ['-0.200 ± 0.100, 3 seeds']),
-    ('old: a < b < c', 'Holds', ['0.200 ± 0.100, 3 seeds', '0.100, one seed']),
-    ('old: c - 0.103 < b@peak - 0.4', 'Not decided', ['0.003, one seed']),
-    ('old: c - 0.11 < b@peak - 0.4', 'Holds', ['0.010']),
-    ('old: a < c < b', 'Does not hold', ['0.300, one seed', '-0.100, one seed']),
-    ('old: a + 0.15 < b', 'Not decided', ['0.050 ± 0.100']),
-    ('old: a - 0.05 < b', 'Holds', ['0.250 ± 0.100']),
-    ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100 ± 0.000']),
-    ('old: 0.5 * a@rise < b@rise', 'Holds', ['0.350']),
-    ('new: a ~0.02 b', 'Holds', ['0.010 ± 0.000']),
+    ('old: a < b', 'Not decided', ['0.200, 95% interval -0.048 to 0.448, 3 seeds']),
+    ('old: b < a', 'Not decided', ['-0.200, 95% interval -0.448 to 0.048, 3 seeds']),
+    ('old: a - 0.05 < b', 'Holds', ['0.250, 95% interval 0.002 to 0.498, 3 seeds']),
+    ('old: b + 0.05 < a', 'Does not hold', ['-0.250, 95% interval -0.498 to -0.002, 3 seeds']),
+    ('old: a < b < c', 'Not decided', ['0.200, 95%', '0.100, one seed']),
+    ('old: b + 0.05 < a < c', 'Does not hold', ['-0.250', '0.300, one seed']),
+    ('old: a < c', 'Not decided', ['0.300, one seed']),
+    ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100, 95% interval -0.100 to -0.100']),
+    ('old: 0.5 * a@rise < b@rise', 'Not decided', ['0.350, 95%']),
+    ('new: a ~0.02 b', 'Holds', ['0.010, 95% interval 0.010 to 0.010']),
     ('new: a ~0.005 b', 'Does not hold', ['0.010']),
-    ('old: a@start < a', 'Holds', ['0.300 ± 0.100']), ('old: a < a@peak', 'Holds', ['0.600']),
-    ('new: a@best < a@5', 'Holds', ['0.500']), ('average: a < b', 'Holds', ['0.105 ± 0.050'])])
+    ('new: b ~0.005 a', 'Does not hold', ['-0.010']),
+    ('old: a ~0.449 b', 'Holds', ['0.200']), ('old: a ~0.447 b', 'Not decided', ['0.200']),
+    ('new: c ~0.6 b', 'Not decided', ['0.510, one seed']),
+    ('old: a@start < a', 'Holds', ['0.300, 95% interval 0.052 to 0.548']),
+    ('old: a < a@peak', 'Holds', ['0.600']), ('new: a@best < a@5', 'Holds', ['0.500']),
+    ('average: a - 0.02 < b', 'Holds', ['0.125, 95% interval 0.001 to 0.249'])])
 def test_verdicts_by_hand(runs, capsys, formula, verdict, effects):
     Path('claims.txt').write_text(f'# a comment\n\n{formula} | It is so (Someone, Fig. 1).\n')
     claims.main(['claims.txt', *runs])
@@ -64,9 +69,30 @@ def test_verdicts_by_hand(runs, capsys, formula, verdict, effects):
     assert all(f'(by {effect}' in line for effect in effects), line
 
 
+def test_intervals_are_those_of_scipy():
+    stats = pytest.importorskip('scipy.stats')
+    for n in range(2, 11):
+        differences = np.random.default_rng().normal(0.3, 1, n)
+        expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 5])
+def test_without_an_effect_a_claim_is_decided_one_time_in_twenty(seeds):
+    draws = np.random.default_rng().normal(size=(4000, seeds))
+    decided = [claims.holds('<', list(differences)) is not None for differences in draws]
+    assert 0.03 < np.mean(decided) < 0.07
+
+
+def test_more_seeds_than_the_table_of_t_has():
+    with pytest.raises(UserError, match='11 seeds: STUDENT_T ends at 10'):
+        claims.interval([0.0] * 11)
+
+
 @pytest.mark.parametrize('line, words', [
     ('old: a < d | x', "no row 'd', but a, b, c"), ('odl: a < b | x', "evaluated on 'odl'"),
     ('old: a b | x', 'expected SET: TERM'), ('old: a < b', 'expected SET: TERM'),
+    ('old: a < b | x | y', 'expected SET: TERM'),
     ('old: a@7 < b | x', '@7 is neither a step'), ('old: a@last < b | x', 'start, peak, best'),
     ('old: a ** 2 < b | x', "'a ** 2' is not a term"), ('old: c < d_seed9 | x', 'd_seed9')])
 def test_a_claim_that_cannot_be_read_is_named(runs, line, words):
@@ -81,6 +107,45 @@ def test_rows_without_a_common_seed(runs):
     del groups['a'][1]
     with pytest.raises(UserError, match='no seed in common'):
         claims.verdict('old: a < c | x', groups)
+
+
+def test_the_readme_has_the_overview_of_the_tables():
+    text = (RESULTS / 'README.md').read_text()
+    assert f'{overview.BEGIN}\n{overview.overview()}\n{overview.END}' in text, \
+        'python -m results.overview results/README.md'
+
+
+def test_an_overview_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, 'RESULTS', tmp_path)
+    (tmp_path / 'q').mkdir()
+    (tmp_path / 'q/claims_x.txt').write_text(
+        'old: a < b | Two fields are no row.\n'
+        'old: a < b < c | It rises (Someone). | by 0.1 | yes\nnew: a ~0.1 b | Alike. | so | no\n')
+    (tmp_path / 'q/table_x.md').write_text(
+        '| run |\n\n- **Holds.** It rises (Someone). [old: a 1.0 < b@5 1.2 (by 0.200, 95% interval '
+        '-0.048 to 0.448, 3 seeds) < c 1.3 (by 0.100, one seed)]\n'
+        '- **Not decided.** Alike. [new: a 1.0 ~ b 1.0 (by -0.010, one seed)]\n')
+    page = tmp_path / 'page.md'
+    page.write_text(f'before\n{overview.BEGIN}\nold\n{overview.END}\nafter\n')
+    overview.main([str(page)])
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ['before', overview.BEGIN] and lines[-2:] == [overview.END, 'after']
+    assert lines[2:4] == overview.HEAD
+    assert lines[4:-2] == [
+        '| [It rises (Someone).](q/table_x.md) | by 0.1 | old: 0.200 (-0.048 to 0.448), 0.100 | '
+        'Holds | yes |',
+        '| [Alike.](q/table_x.md) | so | new: -0.010 | Not decided | no |']
+
+
+def test_an_overview_of_a_table_that_was_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, 'RESULTS', tmp_path)
+    (tmp_path / 'q').mkdir()
+    (tmp_path / 'q/claims.txt').write_text('old: a < b | A new claim. | by 0.1 | yes\n')
+    (tmp_path / 'q/table.md').write_text('- **Holds.** An old claim. [old: a 1.0 < b 1.2 (by 1)]\n')
+    with pytest.raises(UserError, match="no verdict on 'A new claim.'. Run the run.sh"):
+        overview.overview()
+    with pytest.raises(UserError, match='must contain <!-- claims -->'):
+        overview.main([str(tmp_path / 'q/table.md')])
 
 
 # ------------------------------------------------------------------------------
@@ -282,6 +347,8 @@ def published(folder):
 
 def test_every_number_of_the_readme_is_in_the_files():
     text = (RESULTS / 'README.md').read_text()
+    # the rows between the marks are checked above
+    text = text.split(overview.BEGIN)[0] + text.split(overview.END)[1]
     questions = [path.parent for path in RESULTS.glob('*/run.sh')]
     known = {folder.name: published(folder) for folder in questions}
     checked = 0
