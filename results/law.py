@@ -12,7 +12,7 @@ After Wang et al. 2025 (arXiv:2505.07796). The loss on a validation set follows 
 rates alone: from their sum S1, and from how far they have fallen, S2. Old and new sets have laws
 of their own, since replay enters them differently. The law predicts the change since step 0:
 
-    L(t) = L(0) (1 + change(S1, S2, r))         r: share of replay
+    L(t) = L(0) (1 + change(S1, S2, t, r))      r: share of replay
 
 The user has the old model, so L(0) can be measured. The change is relative because old models of
 several seeds that start on new data with a higher loss also end with one. A law holds for one
@@ -65,21 +65,21 @@ def growth(x, beta):
     return -np.expm1(-beta * np.log1p(x)) / beta
 
 
-def old_printed(S1, S2, r, A, alpha, S_pt, C, a1, B, E, beta, a2):
+def old_printed(S1, S2, t, r, A, alpha, S_pt, C, a1, B, E, beta, a2):
     """Change on old data as printed: eq. 4 with the replay factors of eq. 8."""
     learned = A * ((S_pt + S1) ** -alpha - S_pt ** -alpha)
     shift = B * growth(E * S1, beta) * (1 - np.exp(-a2 * (1 - r)))
     return learned - C * S2 * np.exp(a1 * r) + shift
 
 
-def new_printed(S1, S2, r, A, alpha, S_pt, C, a1, B, E, beta, a2):
+def new_printed(S1, S2, t, r, A, alpha, S_pt, C, a1, B, E, beta, a2):
     """Change on new data as printed: eq. 4 with the replay factors of eq. 8."""
     learned = A * ((S_pt + S1) ** -alpha - S_pt ** -alpha)
     shift = B * growth(E * S1, beta) * (np.exp(a2 * (1 - r)) - 1)
     return learned - C * S2 * np.exp(a1 * r) - shift
 
 
-def old_recovery(S1, S2, r, C, a1, B, E, beta, R, K):
+def old_recovery(S1, S2, t, r, C, a1, B, E, beta, R, K):
     """Change on old data: the shift forgets, and replay brings back.
 
     The printed factor is smooth in r, but here 5% replay prevents half of the forgetting. So the
@@ -90,13 +90,25 @@ def old_recovery(S1, S2, r, C, a1, B, E, beta, R, K):
     return -C * S2 * np.exp(a1 * r) + (1 - r) * shift
 
 
-def new_recovery(S1, S2, r, C, a1, B, E, beta, h):
+def new_recovery(S1, S2, t, r, C, a1, B, E, beta, h):
     """Change on new data: eq. 4 without its first term, and with (1 - r)^h as replay factor."""
     return -C * S2 * np.exp(a1 * r) - B * growth(E * S1, beta) * (1 - r) ** h
 
 
+def old_steps(S1, S2, t, r, C, a1, B, E, beta, R, K, G, tau):
+    """old_recovery and what the model still learns: more with more steps t, whatever their rate."""
+    return old_recovery(S1, S2, t, r, C, a1, B, E, beta, R, K) - G * np.log1p(t / tau)
+
+
+def new_steps(S1, S2, t, r, C, a1, B, E, beta, h, p):
+    """new_recovery, where S1 becomes S1^(1-p) times (t steps of a rate of 1e-3)^p: ten times the
+    rate does not learn as much as ten times the steps."""
+    return new_recovery(S1 ** (1 - p) * (1e-3 * t) ** p, S2, t, r, C, a1, B, E, beta, h)
+
+
 # name: {role of a set: its form}
-FORMS = {'recovery': {'old': old_recovery, 'new': new_recovery},
+FORMS = {'steps': {'old': old_steps, 'new': new_steps},
+         'recovery': {'old': old_recovery, 'new': new_recovery},
          'printed': {'old': old_printed, 'new': new_printed}}
 
 
@@ -156,13 +168,13 @@ def check_alike(stage, alike, knobs=ALIKE):
 # Where parameters are looked for. Those that are positive are searched on a log scale.
 RANGES = {'A': (1e-4, 3), 'alpha': (0.05, 3), 'S_pt': (0.05, 10), 'C': (1e-4, 1e3), 'a1': (-5, 5),
           'B': (1e-4, 10), 'E': (1, 1e4), 'beta': (-1, 3), 'a2': (0.01, 20), 'R': (1e-4, 3),
-          'K': (1, 1e5), 'h': (0.01, 5)}
+          'K': (1, 1e5), 'h': (0.01, 5), 'G': (1e-4, 1), 'tau': (1, 1e4), 'p': (0, 1)}
 MOMENTA = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)       # the paper's 0.999 is for 10,000s of steps
 HUBER = 1e-3                                        # in log loss (Hoffmann et al. 2022)
 STARTS = 12                                         # the best of 100 times as many
 
 
-def fit(stages, form='recovery'):
+def fit(stages, form='steps'):
     """The law of these runs, as plain values for a JSON file."""
     first = stages[0]
     for stage in stages:
@@ -206,9 +218,9 @@ def fit_set(function, stages, name, momentum, starts=STARTS):
     points = []
     for stage in stages:
         S1, S2 = areas(stage.rates, momentum)
-        share = np.full(stage.steps + 1, stage.share)
-        points.append(np.stack((S1, S2, share))[:, stage.at[1:]])
-    points = np.concatenate(points, axis=1)                                     # (3, evaluations)
+        t, share = np.arange(stage.steps + 1), np.full(stage.steps + 1, stage.share)
+        points.append(np.stack((S1, S2, t, share))[:, stage.at[1:]])
+    points = np.concatenate(points, axis=1)                                     # (4, evaluations)
     seen = logs(stages, name)
     ranges = {name: RANGES[name] for name in parameters_of(function)}
     return search(ranges, starts, lambda values:
@@ -273,7 +285,8 @@ def leave_out(function, stages, name, momentum):
 def follow(function, values, stage, name, momentum):
     """The predicted loss on a set after 0, 1, ..., T steps, [T + 1]."""
     S1, S2 = areas(stage.rates, momentum)
-    return stage.start[name] * np.maximum(1 + function(S1, S2, stage.share, **values), 0.01)
+    change = function(S1, S2, np.arange(stage.steps + 1), stage.share, **values)
+    return stage.start[name] * np.maximum(1 + change, 0.01)
 
 
 def predict(law, stage):
@@ -448,7 +461,7 @@ def main(argv):
     commands = parser.add_subparsers(dest='command', required=True)
     fitting = commands.add_parser('fit')
     fitting.add_argument('--out', required=True, help='a JSON file')
-    fitting.add_argument('--form', choices=FORMS, default='recovery')
+    fitting.add_argument('--form', choices=FORMS, default='steps')
     for name in ('predict', 'advise'):
         command = commands.add_parser(name)
         command.add_argument('law')

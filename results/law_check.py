@@ -19,7 +19,8 @@ from configurator import UserError, require
 from results import law_pictures
 from results.law import STARTS, logs, outside, predict, read_law, read_runs, search
 
-METHODS = {'law': 'law', 'nearest': 'nearest fitted run', 'dcpt': 'D-CPT law'}
+# {column of a table: its name}. curve is the root mean square over all evaluations.
+COLUMNS = {'law': 'law', 'curve': 'law, all steps', 'nearest': 'nearest run', 'dcpt': 'D-CPT'}
 
 
 def nearest(fitted, stage):
@@ -59,8 +60,7 @@ def fit_dcpt(fitted, name):
 
 
 def compare(law, stages, fitted):
-    """[{run, set, end, predicted, low, high, ...}, ...] with the errors of all METHODS in percent
-    of the final loss that came out."""
+    """[{run, set, end, predicted, low, high, ...}, ...] with the errors in percent of COLUMNS."""
     rows = []
     by_share = {name: fit_dcpt(fitted, name) for name in law['sets']}
     for stage in stages:
@@ -80,21 +80,23 @@ def compare(law, stages, fitted):
 
 
 def table(rows, names):
-    """Errors of the final loss as Markdown: a row for each run, and below their median and worst
-    over the runs inside of the fitted peaks and shares, and over all."""
+    """Errors as Markdown: a row for each run of {run: its name}, and below their median and worst.
+
+    Runs outside of the fitted peaks and shares are counted apart.
+    """
     sets = list(dict.fromkeys(row['set'] for row in rows))
     lines = [['error of the final loss', *(f'{name}: {text}' for name in sets
-                                           for text in METHODS.values())]]
+                                           for text in COLUMNS.values())]]
     for run, text in names.items():
         found = {row['set']: row for row in rows if row['run'] == run}
-        lines.append([text, *(f'{found[name][key]:+.1f}%' for name in sets for key in METHODS)])
-    groups = {'inside': [row for row in rows if row['is_inside']], 'all': rows}
-    for group, members in groups.items():
+        lines.append([text, *(f'{found[name][key]:+.1f}%' for name in sets for key in COLUMNS)])
+    inside = [row for row in rows if row['is_inside']]
+    for members, where in ((inside, ' within the fitted peaks and shares'), (rows, '')):
         runs = len({row['run'] for row in members})
         for word, of in (('median', np.median), ('worst', np.max)):
-            line = [f'{word} of {runs} ({group})']
+            line = [f'{word} of the {runs}{where}']
             for name in sets:
-                for key in METHODS:
+                for key in COLUMNS:
                     errors = [abs(row[key]) for row in members if row['set'] == name]
                     line.append(f'{of(errors):.1f}%' if errors else '–')
             lines.append(line)

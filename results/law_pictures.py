@@ -65,11 +65,11 @@ def plane(law, tried, best, out):
         x, y, shares = np.array(points).T
         ax.plot(x, y, color=plt.cm.viridis(i / len(lines)), lw=1.5, marker='.',
                 label=f'{peak:.2g}')
-        # the least and the largest share are named on the line of the highest peak
+        # the shares are named below the line of the highest peak
         if i == len(lines) - 1:
             for j in (0, len(x) // 2, -1):
-                ax.annotate(f'{100 * shares[j]:.2g}% replay', (x[j], y[j]), (5, 5),
-                            textcoords='offset points', fontsize=8.5)
+                ax.annotate(f'{100 * shares[j]:.2g}% replay', (x[j], y[j]), (-6, -6), fontsize=8.5,
+                            textcoords='offset points', ha='right', va='top')
     ax.plot(*star, '*', color='#D55E00', ms=16, zorder=5, label='best')
     ax.legend(title='peak rate', frameon=False, fontsize=8.5)
     ax.margins(0.12)

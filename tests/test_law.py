@@ -218,7 +218,8 @@ def test_advice_is_the_least_weighted_loss_within_the_range(here, capsys):
 # ------------------------------------------------------------------------------
 # Comparison with finished runs
 
-def test_errors_by_hand(here, capsys):
+def test_errors_by_hand(here, capsys, monkeypatch):
+    monkeypatch.setattr(law_check, 'STARTS', 2)
     make_run('held', replay=0.15, learning_rate=2e-3)
     make_run('higher', learning_rate=6e-3)
     fitted = [f'{name}_seed1' for name in SHAPES]
@@ -235,8 +236,8 @@ def test_errors_by_hand(here, capsys):
         if row['is_inside']:
             assert abs(row['law']) < 1
     errors = [abs(row['law']) for row in rows if row['set'] == 'old']
-    assert re.search(rf'worst of 2 \(all\) +\| {max(errors):.1f}%', text)
-    assert re.search(rf'worst of 1 \(inside\) +\| {errors[0]:.1f}%', text)
+    assert re.search(rf'worst of the 2 +\| {max(errors):.1f}%', text)
+    assert re.search(rf'worst of the 1 within .*shares +\| {errors[0]:.1f}%', text)
     assert 'twice the peak: NOTE: the peak rate is 0.006' in capsys.readouterr().out
     assert Path('curves.png').read_bytes()[:4] == b'\x89PNG'
 
@@ -324,3 +325,61 @@ def test_as_programs(here):
                               capture_output=True, env={'PYTHONPATH': str(ROOT)})
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith(f'results.{words[0]}: none of these')
+
+
+# ------------------------------------------------------------------------------
+# results/predict
+
+def test_the_commands_of_predict(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, fitted, held, written = set(), set(), set(), set()
+    for script, *words in commands('predict', tmp_path):
+        asked = [word for word in words if word.startswith('out/')]
+        out = [option(words, name)[0] for name in ('--out', '--picture') if name in words]
+        if script == 'train.py':
+            check_training(train.Config, words, made)
+            continue
+        assert set(asked) <= made and all((ROOT / path).exists() for path in out), words
+        written |= set(out)
+        if words[1] == 'fit':
+            fitted |= set(asked)
+        elif words[1] == 'predict':         # beforehand
+            name = [word for word in words if word.startswith('--out_dir=')][0][10:]
+            assert name not in made
+            held.add(name)
+        elif words[0] == 'results.law_check':
+            assert set(option(words, '--fitted')) == fitted and set(asked) == fitted | held
+            assert len(option(words, '--labels')) == len(held)
+    assert held <= made and not held & fitted and len(held) == 10
+    for name in ('law.json', 'law_printed.json'):
+        runs = json.loads((PREDICT / name).read_text())['runs']
+        assert {f'out/{run["name"]}' for run in runs} == fitted
+    assert written == {f'results/predict/{path.name}' for path in PREDICT.iterdir()
+                       if path.name not in ('run.sh', 'predictions.json', 'errors.json',
+                                            'errors_printed.json')}
+
+
+def test_what_was_predicted_is_what_the_law_predicts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    the_law = law.read_law(PREDICT / 'law.json')
+    predictions = json.loads((PREDICT / 'predictions.json').read_text())
+    errors = json.loads((PREDICT / 'errors.json').read_text())
+    assert {row['run'] for row in errors} == set(predictions)
+    for name, entry in predictions.items():
+        stage = law.read_config(the_law, entry['config'].split(), entry['start'])
+        for role, found in law.predict(the_law, stage).items():
+            said = entry['sets'][role]
+            np.testing.assert_allclose(found['curve'][entry['steps']], said['curve'], atol=1e-4)
+            row, = (row for row in errors if (row['run'], row['set']) == (name, role))
+            for key, value in (('final', row['predicted']), ('low', row['low']),
+                               ('high', row['high'])):
+                assert math.isclose(said[key], value, rel_tol=1e-4)
+                assert math.isclose(found[key], value, rel_tol=1e-4)
+
+
+def test_every_percentage_of_the_readme_is_in_the_tables():
+    text = (ROOT / 'results/README.md').read_text()
+    section, = (part for part in re.split(r'\n## ', text) if 'predict/curves.png' in part)
+    tables = ''.join(path.read_text() for path in PREDICT.glob('errors*.md'))
+    numbers = re.findall(r'(?<![\d.])\d+\.\d%', section)
+    assert numbers and set(numbers) <= set(re.findall(r'\d+\.\d%', tables))

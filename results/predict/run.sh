@@ -2,6 +2,7 @@
 # Can the losses of a run be predicted before it is paid for? (Wang et al. 2025) A law is fitted to
 # 18 runs, of which 15 belong to first_curve and replay. It predicts 10 others, and only then are
 # they trained. After replay, about 20 minutes on 2 CPU cores: a run takes 2.4, the two fits 2.
+. "$(dirname "$0")/../common.sh"
 here=results/predict
 code=config/rewarm_docs_code.py
 
