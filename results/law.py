@@ -9,10 +9,10 @@ the replay and the peak rate with the least weighted loss, and draws all that it
 compares predictions with finished runs.
 
 After Wang et al. 2025 (arXiv:2505.07796). The loss on a validation set follows from the learning
-rates alone: from their sum S1, and from how far they have fallen, S2. Old and new sets have laws
-of their own, since replay enters them differently. The law predicts the change since step 0:
+rates: from their sum S1, and from how far they have fallen, S2. Old and new sets have laws of their
+own, since replay enters them differently. The law predicts the change since step 0:
 
-    L(t) = L(0) (1 + change(S1, S2, t, r))      r: share of replay
+    L(t) = L(0) (1 + change(S1, S2, t, r))      t: steps, r: share of replay
 
 The user has the old model, so L(0) can be measured. The change is relative because old models of
 several seeds that start on new data with a higher loss also end with one. A law holds for one
@@ -96,7 +96,10 @@ def new_recovery(S1, S2, t, r, C, a1, B, E, beta, h):
 
 
 def old_steps(S1, S2, t, r, C, a1, B, E, beta, R, K, G, tau):
-    """old_recovery and what the model still learns: more with more steps t, whatever their rate."""
+    """old_recovery, and what the model still learns: more with more steps t, whatever their rate.
+
+    So it has no limit of rate 0, and holds for rates like those that were fitted.
+    """
     return old_recovery(S1, S2, t, r, C, a1, B, E, beta, R, K) - G * np.log1p(t / tau)
 
 
@@ -106,7 +109,8 @@ def new_steps(S1, S2, t, r, C, a1, B, E, beta, h, p):
     return new_recovery(S1 ** (1 - p) * (1e-3 * t) ** p, S2, t, r, C, a1, B, E, beta, h)
 
 
-# name: {role of a set: its form}
+# name: {role of a set: its form}. In results/predict the printed form misses the old loss by 6%,
+# recovery misses runs of another length by 4%, and steps was found after that.
 FORMS = {'steps': {'old': old_steps, 'new': new_steps},
          'recovery': {'old': old_recovery, 'new': new_recovery},
          'printed': {'old': old_printed, 'new': new_printed}}
@@ -166,9 +170,10 @@ def check_alike(stage, alike, knobs=ALIKE):
 # Fit
 
 # Where parameters are looked for. Those that are positive are searched on a log scale.
-RANGES = {'A': (1e-4, 3), 'alpha': (0.05, 3), 'S_pt': (0.05, 10), 'C': (1e-4, 1e3), 'a1': (-5, 5),
-          'B': (1e-4, 10), 'E': (1, 1e4), 'beta': (-1, 3), 'a2': (0.01, 20), 'R': (1e-4, 3),
-          'K': (1, 1e5), 'h': (0.01, 5), 'G': (1e-4, 1), 'tau': (1, 1e4), 'p': (0, 1)}
+RANGES = {'A': (1e-4, 30), 'alpha': (0.05, 3), 'S_pt': (0.05, 10), 'C': (1e-4, 1e4),
+          'a1': (-20, 20), 'B': (1e-4, 100), 'E': (1, 1e6), 'beta': (-1, 3), 'a2': (1e-3, 50),
+          'R': (1e-4, 3), 'K': (1, 1e5), 'h': (0.01, 5), 'G': (1e-4, 1), 'tau': (1, 1e4),
+          'p': (0, 1)}
 MOMENTA = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)       # the paper's 0.999 is for 10,000s of steps
 HUBER = 1e-3                                        # in log loss (Hoffmann et al. 2022)
 STARTS = 12                                         # the best of 100 times as many
@@ -411,6 +416,9 @@ def advise_command(args, words):
     knobs = ' '.join(f'--{knob}={best.config[knob]:.3g}' for knob in ('replay', *RATES))
     print(f'least weighted loss {loss:.3f}: {knobs}')
     report(law, best, predictions)
+    shares = [run['share'] for run in law['runs']]
+    if best.share in (min(shares), max(shares)):
+        print(f'NOTE: {100 * best.share:.3g}% is at the edge of the fitted shares of replay.')
     if args.out:
         law_pictures.plane(law, [option[1:] for option in tried], best, args.out)
 

@@ -53,7 +53,7 @@ def fitted(tmp_path_factory):
         patch.setattr(law, 'MOMENTA', (MOMENTUM, 0.99))
         patch.setattr(law, 'STARTS', 3)
         runs = [make_run(f'{name}_seed1', 5e-4, **knobs) for name, knobs in SHAPES.items()]
-        law.main(['fit', *runs, '--out', 'law.json'])
+        law.main(['fit', *runs, '--form', 'recovery', '--out', 'law.json'])
     return folder
 
 
@@ -107,18 +107,34 @@ def draw(form):
 
 
 @pytest.mark.parametrize('form', FUNCTIONS, ids=lambda form: form.__name__)
-def test_without_a_rate_nothing_changes(form):
+def test_without_steps_or_a_rate_nothing_changes(form):
+    values = draw(form)
+    assert form(0.0, 0.0, 0, 0.3, **values) == 0
+    values |= {'G': 0.0} if 'G' in values else {}                   # learning at any rate
     S1, S2 = law.areas(np.zeros(5), 0.9)
-    np.testing.assert_allclose(form(S1, S2, 0.3, **draw(form)), 0, atol=1e-12)
+    np.testing.assert_allclose(form(S1, S2, np.arange(6), 0.3, **values), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize('form', FUNCTIONS, ids=lambda form: form.__name__)
 def test_with_nothing_but_replay_nothing_shifts(form):
-    S1 = np.linspace(0, 3, 7)
     values = draw(form)
-    if 'A' in values:
-        values['A'] = 0.0                                           # learning that needs no shift
-    np.testing.assert_allclose(form(S1, np.zeros(7), 1.0, **values), 0, atol=1e-12)
+    for name in values.keys() & {'A', 'G'}:
+        values[name] = 0.0                                          # learning that needs no shift
+    S1, t = np.linspace(0, 3, 7), np.arange(7)
+    np.testing.assert_allclose(form(S1, np.zeros(7), t, 1.0, **values), 0, atol=1e-12)
+
+
+def test_steps_count_beside_rates():
+    """Half the rate for twice the steps has the same S1, but learns more of both sets."""
+    rates = np.full(200, 1e-3)
+    for form in law.FORMS['steps'].values():
+        values = TRUE[form.__name__[:3]] | {'C': 0.0, 'G': 0.05, 'tau': 100.0, 'p': 0.4}
+        values = {name: values[name] for name in law.parameters_of(form)}
+        ends = []
+        for r in (rates, np.repeat(rates / 2, 2)):
+            S1, S2 = law.areas(r, 0.9)
+            ends.append(form(S1[-1], S2[-1], len(r), 0.05, **values))
+        assert ends[1] < ends[0] - 0.01
 
 
 # ------------------------------------------------------------------------------
@@ -275,13 +291,13 @@ def test_runs_that_do_not_belong_together(here, tmp_path, monkeypatch, changes, 
 
 def test_too_few_runs_or_evaluations(here):
     names = [f'{name}_seed1' for name in SHAPES]
-    with pytest.raises(UserError, match='3 different runs with 30 evaluations are too few for 7'):
+    with pytest.raises(UserError, match='3 different runs with 30 evaluations are too few for 9'):
         law.fit(law.read_runs(names[:3]))
     stages = law.read_runs(names)
     for stage in stages:
         stage.at = stage.at[[0, 5, 10]]
     with pytest.raises(UserError, match='6 different runs with 12 evaluations are too few for 7'):
-        law.fit(stages)
+        law.fit(stages, 'recovery')
 
 
 @pytest.mark.parametrize('argv, words', [
@@ -332,54 +348,60 @@ def test_as_programs(here):
 
 def test_the_commands_of_predict(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made, fitted, held, written = set(), set(), set(), set()
+    made, fitted, predicted = set(), {}, {}
+    written = {'run.sh'}
     for script, *words in commands('predict', tmp_path):
-        asked = [word for word in words if word.startswith('out/')]
-        out = [option(words, name)[0] for name in ('--out', '--picture') if name in words]
         if script == 'train.py':
             check_training(train.Config, words, made)
             continue
-        assert set(asked) <= made and all((ROOT / path).exists() for path in out), words
-        written |= set(out)
+        files = [option(words, name)[0] for name in ('--out', '--picture', '--save')
+                 if name in words]
+        assert all((ROOT / path).exists() for path in files), words
+        written |= {Path(path).name for path in files}
+        asked = {word for word in words if word.startswith('out/')}
+        assert asked <= made, words
         if words[1] == 'fit':
-            fitted |= set(asked)
-        elif words[1] == 'predict':         # beforehand
+            fitted[files[0]] = asked
+        elif words[1] == 'predict':                                     # before it is trained
             name = [word for word in words if word.startswith('--out_dir=')][0][10:]
             assert name not in made
-            held.add(name)
+            predicted.setdefault(words[2], set()).add(name)
         elif words[0] == 'results.law_check':
-            assert set(option(words, '--fitted')) == fitted and set(asked) == fitted | held
-            assert len(option(words, '--labels')) == len(held)
-    assert held <= made and not held & fitted and len(held) == 10
-    for name in ('law.json', 'law_printed.json'):
-        runs = json.loads((PREDICT / name).read_text())['runs']
-        assert {f'out/{run["name"]}' for run in runs} == fitted
-    assert written == {f'results/predict/{path.name}' for path in PREDICT.iterdir()
-                       if path.name not in ('run.sh', 'predictions.json', 'errors.json',
-                                            'errors_printed.json')}
+            runs = predicted[words[1].replace('_printed', '')]
+            assert set(option(words, '--fitted')) == fitted[words[1]]
+            assert asked == fitted[words[1]] | runs and not fitted[words[1]] & runs
+            assert len(option(words, '--labels')) == len(runs)
+    assert [len(runs) for runs in predicted.values()] == [10, 5]
+    for path, runs in fitted.items():
+        assert {f'out/{run["name"]}' for run in law.read_law(ROOT / path)['runs']} == runs
+    written |= {name.replace('.md', '.json') for name in written}
+    assert written == {path.name for path in PREDICT.iterdir()}
+    assert all(path.stat().st_size < 300_000 for path in PREDICT.iterdir())
 
 
-def test_what_was_predicted_is_what_the_law_predicts(monkeypatch):
+@pytest.mark.parametrize('which', ['', '_second'])
+def test_what_was_said_beforehand_is_what_the_law_predicts(which, monkeypatch):
     monkeypatch.chdir(ROOT)
-    the_law = law.read_law(PREDICT / 'law.json')
-    predictions = json.loads((PREDICT / 'predictions.json').read_text())
-    errors = json.loads((PREDICT / 'errors.json').read_text())
-    assert {row['run'] for row in errors} == set(predictions)
-    for name, entry in predictions.items():
+    the_law = law.read_law(PREDICT / f'law{which}.json')
+    said = json.loads((PREDICT / f'predictions{which}.json').read_text())
+    errors = json.loads((PREDICT / f'errors{which}.json').read_text())
+    assert {row['run'] for row in errors} == set(said)
+    for row in errors:
+        entry = said[row['run']]
         stage = law.read_config(the_law, entry['config'].split(), entry['start'])
-        for role, found in law.predict(the_law, stage).items():
-            said = entry['sets'][role]
-            np.testing.assert_allclose(found['curve'][entry['steps']], said['curve'], atol=1e-4)
-            row, = (row for row in errors if (row['run'], row['set']) == (name, role))
-            for key, value in (('final', row['predicted']), ('low', row['low']),
-                               ('high', row['high'])):
-                assert math.isclose(said[key], value, rel_tol=1e-4)
-                assert math.isclose(found[key], value, rel_tol=1e-4)
+        found, before = law.predict(the_law, stage)[row['set']], entry['sets'][row['set']]
+        np.testing.assert_allclose(found['curve'][entry['steps']], before['curve'], atol=1e-4)
+        for key in ('final', 'low', 'high'):
+            assert math.isclose(found[key], before[key], rel_tol=1e-4)
+            assert math.isclose(row['predicted' if key == 'final' else key], before[key],
+                                rel_tol=1e-4)
 
 
 def test_every_percentage_of_the_readme_is_in_the_tables():
     text = (ROOT / 'results/README.md').read_text()
-    section, = (part for part in re.split(r'\n## ', text) if 'predict/curves.png' in part)
+    sections = [part for part in re.split(r'\n## |\n\| ', text) if '(predict' in part]
     tables = ''.join(path.read_text() for path in PREDICT.glob('errors*.md'))
-    numbers = re.findall(r'(?<![\d.])\d+\.\d%', section)
-    assert numbers and set(numbers) <= set(re.findall(r'\d+\.\d%', tables))
+    for section in sections:
+        numbers = re.findall(r'(?<![\d.])\d+\.\d%', section)
+        assert numbers and set(numbers) <= set(re.findall(r'\d+\.\d%', tables)), section
+    assert len(sections) == 2
