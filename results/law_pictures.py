@@ -16,7 +16,7 @@ def curves(panels, out):
     import matplotlib.pyplot as plt
     across = min(5, len(panels))
     down = -(-len(panels) // across)
-    fig, axes = plt.subplots(down, across, figsize=(1.4 + 2.6 * max(across, 2), 0.9 + 2.7 * down),
+    fig, axes = plt.subplots(down, across, figsize=(1.4 + 2.2 * max(across, 2), 0.9 + 2.3 * down),
                              sharey=True, squeeze=False, layout='constrained')
     for ax, (title, stage, predictions) in zip(axes.flat, panels):
         for (color, _), (name, found) in zip(eval.STYLES, predictions.items()):
@@ -27,7 +27,7 @@ def curves(panels, out):
             if hasattr(stage, 'losses'):
                 ax.plot(stage.at, stage.losses[name], color=color, lw=1.5, marker='o', ms=3.5,
                         label=f'{name}, measured')
-        ax.set_title(textwrap.fill(title, 30 if across > 1 else 70), fontsize=9, parse_math=False)
+        ax.set_title(textwrap.fill(title, 26 if across > 1 else 60), fontsize=9, parse_math=False)
         ax.set_xlim(0, None)
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
