@@ -13,7 +13,9 @@ A line of a claims file is a formula and a sentence. Lines that begin with # are
     ROW                         a row of the table: the runs of one name, of all seeds
     WHEN                        a step, or start, peak, best, end, rise (end minus start)
 
-Runs are compared seed by seed, and is_less() decides whether a difference counts.
+Runs of the same seed are compared with each other: they start from the same old model and read the
+same windows. The mean of their differences has a 95% interval, by Student's t. is_above() decides by
+it. With one seed there is no interval, and nothing is decided.
 """
 import re
 import sys
@@ -24,19 +26,49 @@ import numpy as np
 import eval
 from configurator import UserError, require
 
-ONE_SEED = 0.005        # nats; the difference of two runs varies so much between seeds in results/
-RULE = ('A difference counts when it is larger than its standard deviation over the seeds, or with '
-        f'one seed larger than {ONE_SEED} nats.')
+RULE = ('A claim holds when the whole 95% interval of its paired differences lies on its side '
+        "(Student's t over the seeds). It does not hold when the whole interval lies on the other "
+        'side. Otherwise, and with one seed, it is not decided.')
+# 97.5% points of Student's t for 2, 3, ... 10 seeds, that is for 1, 2, ... 9 degrees of freedom
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def is_less(differences):
-    """Whether right minus left is above zero: True, False, or None when it is not decided.
+def interval(differences):
+    """(low, high): the 95% interval of the mean of paired differences, one of each seed."""
+    n = len(differences)
+    if n < 2:
+        return -np.inf, np.inf
+    require(n <= 10, f'{n} seeds: STUDENT_T ends at 10. Add its next values.')
+    half = STUDENT_T[n - 2] * np.std(differences, ddof=1) / np.sqrt(n)
+    return np.mean(differences) - half, np.mean(differences) + half
 
-    differences: right minus left in nats, one of each seed. The statistics of all verdicts.
-    """
-    deviation = np.std(differences, ddof=1) if len(differences) > 1 else ONE_SEED
-    mean = np.mean(differences)
-    return bool(mean > 0) if abs(mean) > deviation else None
+
+def is_above(limit, differences):
+    """Whether the mean is above a limit: True, False, or None when it is not decided."""
+    low, high = interval(differences)
+    if low > limit:
+        return True
+    return False if high < limit else None
+
+
+def holds(relation, differences):
+    """Whether left < right or left ~x right, from right minus left: True, False or None."""
+    if relation == '<':
+        return is_above(0, differences)
+    margin = float(relation[1:])
+    inside = [is_above(-margin, differences), is_above(-margin, [-d for d in differences])]
+    if False in inside:
+        return False
+    return None if None in inside else True
+
+
+def shown(differences):
+    """'0.200, 95% interval 0.150 to 0.250, 3 seeds'"""
+    mean = f'{np.mean(differences):.3f}'
+    if len(differences) == 1:
+        return f'{mean}, one seed'
+    low, high = interval(differences)
+    return f'{mean}, 95% interval {low:.3f} to {high:.3f}, {len(differences)} seeds'
 
 
 def loss_at(run, dataset, when):
@@ -72,21 +104,19 @@ def verdict(line, groups):
     relations, terms = terms[1::2], terms[0::2]
     require(relations and sentence, 'expected SET: TERM < TERM | sentence')
     values = [values_of(term, dataset, groups) for term in terms]
-    shown = [f'{term} {np.mean(list(v.values())):.3f}' for term, v in zip(terms, values)]
+    named = [f'{term} {np.mean(list(v.values())):.3f}' for term, v in zip(terms, values)]
 
-    text, holds = shown[0], []
+    text, answers = named[0], []
     for i, relation in enumerate(relations):
         left, right = values[i], values[i + 1]
         by = [right[seed] - left[seed] for seed in sorted(left.keys() & right.keys())]
         require(by, f'{terms[i]} and {terms[i + 1]} have no seed in common')
-        seeds = f'{len(by)} seeds' if len(by) > 1 else 'one seed'
-        text += f' {relation[0]} {shown[i + 1]} (by {eval.spread(by)}, {seeds})'
-        is_true = is_less(by) if relation == '<' else bool(abs(np.mean(by)) <= float(relation[1:]))
-        holds.append(is_true)
+        text += f' {relation[0]} {named[i + 1]} (by {shown(by)})'
+        answers.append(holds(relation, by))
     answer = 'Holds'
-    if None in holds:
+    if None in answers:
         answer = 'Not decided'
-    if False in holds:
+    if False in answers:
         answer = 'Does not hold'
     return f'- **{answer}.** {sentence.strip()} [{dataset}: {text}]'
 

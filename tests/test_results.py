@@ -40,21 +40,26 @@ def runs(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------
 # Claims
 
+# b - a on 'old' is 0.1, 0.2, 0.3: mean 0.2, standard deviation 0.1, and for three seeds
+# t = 4.303, so that the interval is 0.2 -+ 4.303 * 0.1 / sqrt(3) = 0.2 -+ 0.248
 @pytest.mark.parametrize('formula, verdict, effects', [
-    ('old: a < b', 'Holds', ['0.200 ± 0.100, 3 seeds']),
-    ('old: b < a', 'Does not hold', ['-0.200 ± 0.100, 3 seeds']),
-    ('old: a < b < c', 'Holds', ['0.200 ± 0.100, 3 seeds', '0.100, one seed']),
-    ('old: c - 0.103 < b@peak - 0.4', 'Not decided', ['0.003, one seed']),
-    ('old: c - 0.11 < b@peak - 0.4', 'Holds', ['0.010']),
-    ('old: a < c < b', 'Does not hold', ['0.300, one seed', '-0.100, one seed']),
-    ('old: a + 0.15 < b', 'Not decided', ['0.050 ± 0.100']),
-    ('old: a - 0.05 < b', 'Holds', ['0.250 ± 0.100']),
-    ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100 ± 0.000']),
-    ('old: 0.5 * a@rise < b@rise', 'Holds', ['0.350']),
-    ('new: a ~0.02 b', 'Holds', ['0.010 ± 0.000']),
+    ('old: a < b', 'Not decided', ['0.200, 95% interval -0.048 to 0.448, 3 seeds']),
+    ('old: b < a', 'Not decided', ['-0.200, 95% interval -0.448 to 0.048, 3 seeds']),
+    ('old: a - 0.05 < b', 'Holds', ['0.250, 95% interval 0.002 to 0.498, 3 seeds']),
+    ('old: b + 0.05 < a', 'Does not hold', ['-0.250, 95% interval -0.498 to -0.002, 3 seeds']),
+    ('old: a < b < c', 'Not decided', ['0.200, 95%', '0.100, one seed']),
+    ('old: b + 0.05 < a < c', 'Does not hold', ['-0.250', '0.300, one seed']),
+    ('old: a < c', 'Not decided', ['0.300, one seed']),
+    ('old: 2 * a@rise < b@rise', 'Does not hold', ['-0.100, 95% interval -0.100 to -0.100']),
+    ('old: 0.5 * a@rise < b@rise', 'Not decided', ['0.350, 95%']),
+    ('new: a ~0.02 b', 'Holds', ['0.010, 95% interval 0.010 to 0.010']),
     ('new: a ~0.005 b', 'Does not hold', ['0.010']),
-    ('old: a@start < a', 'Holds', ['0.300 ± 0.100']), ('old: a < a@peak', 'Holds', ['0.600']),
-    ('new: a@best < a@5', 'Holds', ['0.500']), ('average: a < b', 'Holds', ['0.105 ± 0.050'])])
+    ('new: b ~0.005 a', 'Does not hold', ['-0.010']),
+    ('old: a ~0.449 b', 'Holds', ['0.200']), ('old: a ~0.447 b', 'Not decided', ['0.200']),
+    ('new: c ~0.6 b', 'Not decided', ['0.510, one seed']),
+    ('old: a@start < a', 'Holds', ['0.300, 95% interval 0.052 to 0.548']),
+    ('old: a < a@peak', 'Holds', ['0.600']), ('new: a@best < a@5', 'Holds', ['0.500']),
+    ('average: a - 0.02 < b', 'Holds', ['0.125, 95% interval 0.001 to 0.249'])])
 def test_verdicts_by_hand(runs, capsys, formula, verdict, effects):
     Path('claims.txt').write_text(f'# a comment\n\n{formula} | It is so (Someone, Fig. 1).\n')
     claims.main(['claims.txt', *runs])
@@ -62,6 +67,26 @@ def test_verdicts_by_hand(runs, capsys, formula, verdict, effects):
     assert rule == claims.RULE
     assert line.startswith(f'- **{verdict}.** It is so (Someone, Fig. 1). [')
     assert all(f'(by {effect}' in line for effect in effects), line
+
+
+def test_intervals_are_those_of_scipy():
+    stats = pytest.importorskip('scipy.stats')
+    for n in range(2, 11):
+        differences = np.random.default_rng().normal(0.3, 1, n)
+        expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 5])
+def test_without_an_effect_a_claim_is_decided_one_time_in_twenty(seeds):
+    draws = np.random.default_rng().normal(size=(4000, seeds))
+    decided = [claims.holds('<', list(differences)) is not None for differences in draws]
+    assert 0.03 < np.mean(decided) < 0.07
+
+
+def test_more_seeds_than_the_table_of_t_has():
+    with pytest.raises(UserError, match='11 seeds: STUDENT_T ends at 10'):
+        claims.interval([0.0] * 11)
 
 
 @pytest.mark.parametrize('line, words', [
