@@ -92,7 +92,8 @@ def main(argv):
     ids = streams.flatten()[:args.tokens].cpu().numpy()
     write_text(ids, tokenizer, folder)
     print(f'{folder}: {len(ids):,} tokens, on which the loss of {args.run} is '
-          f'{loss_on(model, folder):.3f} nats per token. They begin:\n{tokenizer.decode(ids[1:500])}')
+          f'{loss_on(model, folder):.3f} nats per token. They begin:')
+    print(tokenizer.decode(ids[1:500]))
 
 
 if __name__ == '__main__':
