@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does replay need the old data, or may the old model write them (arXiv 2605.26097)? Three seeds;
-# about 25 minutes on 2 CPU cores after replay, 8 of them to sample the text.
+# about 20 minutes on 2 CPU cores after replay, half of them to sample the text.
 . "$(dirname "$0")/../common.sh"
 here=results/self_replay
 
