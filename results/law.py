@@ -125,6 +125,7 @@ class Stage:
     def __init__(self, name, config):
         require(not config['switches'] and not config['branch_from'], f'{name}: a law knows '
                 'neither switches nor branch_from. Take stages with one mixture.')
+        require(config['replay'] <= 1, f'{name}: replay is {config["replay"]}. It is a share.')
         lr = schedules.build(config['schedule'], steps=config['max_steps'],
                              peak=config['learning_rate'], **config)
         self.name, self.config, self.rates = name, config, lr.rates
@@ -338,7 +339,8 @@ def beyond(words, value, low, high):
 
 def read_config(law, words, start):
     """A config that has not been run, as a Stage that starts from these losses {set: L(0)}."""
-    cfg, _ = configurator.load(train.Config, words)
+    cfg, origin = configurator.load(train.Config, words)
+    train.check(cfg, origin)
     stage = Stage(' '.join(words), vars(cfg))
     check_alike(stage, law['alike'], ALIKE[:4])
     stage.start = start or start_of(cfg.init_from, list(law['sets']))
@@ -410,6 +412,8 @@ def predict_command(args, words):
 def advise_command(args, words):
     law = read_law(args.law)
     weights = values_of(args.weights, law, '--weights') or dict.fromkeys(law['sets'], 1.0)
+    require(min(weights.values()) >= 0 < sum(weights.values()), '--weights: none may be negative, '
+            'and one must be above 0')
     stage = read_config(law, words, values_of(args.start, law, '--start'))
     tried = advise(law, stage, weights)
     loss, best, predictions = min(tried, key=lambda option: option[0])

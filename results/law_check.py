@@ -17,7 +17,7 @@ import data
 import eval
 from configurator import UserError, require
 from results import law_pictures
-from results.law import STARTS, logs, outside, predict, read_law, read_runs, search
+from results.law import STARTS, check_alike, logs, outside, predict, read_law, read_runs, search
 
 # {column of a table: its name}. curve is the root mean square over all evaluations.
 COLUMNS = {'law': 'law', 'curve': 'law, all steps', 'nearest': 'nearest run', 'dcpt': 'D-CPT'}
@@ -118,6 +118,8 @@ def main(argv):
     law, stages, fitted = read_law(args.law), read_runs(args.runs), read_runs(args.fitted)
     known = {run['name'] for run in law['runs']}
     require({stage.name for stage in fitted} == known, '--fitted: name the runs of the law')
+    for stage in stages:
+        check_alike(stage, law['alike'])
     both = known & {stage.name for stage in stages}
     require(not both, f'the law was fitted to {", ".join(sorted(both))}')
     labels = args.labels or [stage.name for stage in stages]

@@ -307,7 +307,12 @@ def test_too_few_runs_or_evaluations(here):
     (['predict', 'law.json', *options(), '--start', 'old=1.5'], '--start takes a number for each'),
     (['predict', 'law.json', *options(), '--start', 'old=1', 'new=x'], '--start takes a number'),
     (['advise', 'law.json', *options(), '--weights', 'old'], '--weights takes a number'),
+    (['advise', 'law.json', *options(), '--weights', 'old=0', 'new=0'], 'one must be above 0'),
+    (['advise', 'law.json', *options(), '--weights', 'old=-1', 'new=2'], 'none may be negative'),
     (['predict', 'law.json', *options(batch_size=3)], 'batch_size is 3'),
+    (['predict', 'law.json', *options(replay=2)], 'replay is 2.0'),
+    (['predict', 'law.json', *options(replay=-1)], 'replay = -1.0'),
+    (['predict', 'law.json', *options(schedule='cosines')], 'cosines'),
     (['predict', 'law.json', *options(branch_from='a_seed1')], 'neither switches nor branch_from'),
     (['predict', 'law.json', *options(), '--start', 'old=1', 'new=2', '--out', 'x.gif'], '.png'),
     (['fit', 'nowhere', '--out', 'x.json'], 'none of these is a run')])
@@ -319,10 +324,12 @@ def test_bad_input_has_one_message(here, argv, words):
 @pytest.mark.parametrize('argv, words', [
     ('a_seed1 --fitted a_seed1 b_seed1', 'name the runs of the law'),
     ('a_seed1 --fitted {all}', 'was fitted to a_seed1'),
-    ('held2 --fitted {all} --labels x y', '2 labels for 1 runs')])
+    ('held2 --fitted {all} --labels x y', '2 labels for 1 runs'),
+    ('wider --fitted {all}', 'hidden_size is 999 in wider')])
 def test_bad_comparisons(here, argv, words):
     if not Path('held2').exists():
         make_run('held2')
+        make_run('wider', hidden_size=999)
     argv = argv.format(all=' '.join(f'{name}_seed1' for name in SHAPES))
     with pytest.raises(UserError, match=words):
         law_check.main(['law.json', *argv.split()])

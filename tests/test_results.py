@@ -74,7 +74,7 @@ def test_intervals_are_those_of_scipy():
     for n in range(2, 11):
         differences = np.random.default_rng().normal(0.3, 1, n)
         expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3)
+        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('seeds', [2, 3, 5])
@@ -253,6 +253,8 @@ def check_claims(path, runs):
     """All rows that a claims file compares are there."""
     rows = {re.sub(r'_seed\d$', '', Path(run).name) for run in runs}
     for line in Path(path).read_text().splitlines():
+        if line.startswith('#'):
+            continue
         comparison = line.partition('|')[0].partition(':')[2]
         terms = re.split(r'\s(?:<|~[\d.]+)\s', comparison.strip())
         named = {re.sub(r'^[\d.]+ \* |@\w+| [+-] [\d.]+$', '', term) for term in terms}
@@ -275,7 +277,7 @@ def test_the_commands_of_a_question(question, tmp_path, monkeypatch):
         if words[0] == 'results.claims':
             tables += 1
             check_claims(words[1], asked)
-        elif words[0] != 'table':
+        elif words[0] not in ('table', 'projects.self_replay'):     # which makes a corpus
             pictures += 1
             assert len(option(words, '--labels')) == len(rows), words
             out = option(words, '--out')[0]
