@@ -17,6 +17,7 @@ own, since replay enters them differently. The law predicts the change since ste
 The user has the old model, so L(0) can be measured. The change is relative because old models of
 several seeds that start on new data with a higher loss also end with one. A law holds for one
 old model (or seeds of it), one pair of datasets, one batch size and one list of validation windows.
+Fit runs that differ in all that will differ later: in schedule, peak rate, replay, and length.
 """
 import argparse
 import importlib
