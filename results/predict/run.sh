@@ -49,6 +49,11 @@ second() {
         --replay=30/100 --learning_rate=2e-3 --min_lr=2e-4
     $1 1 again_linear0 --schedule=linear --max_steps=350 --replay=0
     $1 2 again_cosine8 --max_steps=400 --replay=8/100
+    $1 3 again_constant5 --schedule=constant --learning_rate=1.5e-3 --max_steps=350
+    $1 2 again_wsd20 --schedule=wsd --decay=0.5 --max_steps=600 --replay=20/100
+    $1 3 again_linear3 --schedule=linear --max_steps=450 --replay=3/100 \
+        --learning_rate=1.5e-3 --min_lr=1.5e-4
+    $1 2 again_cosine0 --max_steps=300 --replay=0 --learning_rate=2e-3 --min_lr=2e-4
 }
 
 # predict SEED NAME --key=value...: by $law, into $said
