@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Can the losses of a run be predicted before it is paid for? (Wang et al. 2025) A law is fitted to
 # 18 runs, of which 15 belong to first_curve and replay. It predicts 10 others, and only then are
-# they trained. A second law is fitted to all 28 and predicts 5 more. After replay, about 30 minutes
+# they trained. A second law is fitted to all 28 and predicts 9 more. After replay, about 30 minutes
 # on 2 CPU cores: a run of 500 steps takes 2.4 minutes, the fits take 3.
 . "$(dirname "$0")/../common.sh"
 here=results/predict
@@ -89,7 +89,9 @@ second train
 wait
 labels=('WSD, 400 steps, peak 2e-3, 10% replay' 'cosine, 650 steps, 2% replay'
     'infinite schedule, 300 steps, peak 2e-3, 30% replay' 'linear, 350 steps, no replay'
-    'cosine, 400 steps, 8% replay, another seed')
+    'cosine, 400 steps, 8% replay, seed 2' 'constant 1.5e-3, 350 steps, 5% replay, seed 3'
+    'WSD, 600 steps, 20% replay, seed 2' 'linear, 450 steps, peak 1.5e-3, 3% replay, seed 3'
+    'cosine, 300 steps, peak 2e-3, no replay, seed 2')
 python -m results.law_check $here/law_second.json $(second folder) --fitted $fitted $held \
     --labels "${labels[@]}" --out $here/errors_second.md --picture $here/curves_second.png
 python -m results.law advise $here/law_second.json $code --init_from=out/pretrain_docs_seed1 \
