@@ -2,9 +2,11 @@
 
     python -m results.claims results/warmup/claims.txt out/a_seed1 out/a_seed2 out/b_seed1 ...
 
-A line of a claims file is a formula and a sentence. Lines that begin with # are comments.
+A line of a claims file is a formula and a sentence. Lines that begin with # are comments. Two more
+fields make it a row of the table in results/README.md: what the paper found, and whether runs of
+this size could show it.
 
-    code: rewarm_replay5 < constant_replay5 | Re-warming adapts better than the constant rate.
+    code: rewarm_replay5 < constant_replay5 | Re-warming adapts better. | by 0.1 | yes
 
     SET: TERM < TERM < ...      the loss on SET is lower for the left row than for the right one
     SET: TERM ~0.02 TERM        the two losses differ by at most 0.02
@@ -71,6 +73,20 @@ def shown(differences):
     return f'{mean}, 95% interval {low:.3f} to {high:.3f}, {len(differences)} seeds'
 
 
+def read_claims(path):
+    """The lines of a claims file."""
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith('#')]
+
+
+def fields(line):
+    """[formula, sentence], or with what the paper found and whether our scale could show it."""
+    found = [field.strip() for field in line.split('|')]
+    require(len(found) in (2, 4) and all(found), 'expected SET: TERM < TERM | sentence, or with '
+            '| what the paper found | whether this scale could show it')
+    return found
+
+
 def loss_at(run, dataset, when):
     losses = run.losses(dataset)
     named = {'start': losses[0], 'peak': max(losses), 'best': min(losses), 'end': losses[-1],
@@ -98,11 +114,11 @@ def values_of(term, dataset, groups):
 
 def verdict(line, groups):
     """The verdict on a claim as a line of Markdown, with its numbers in brackets."""
-    formula, _, sentence = line.partition('|')
+    formula, sentence = fields(line)[:2]
     dataset, _, comparison = formula.partition(':')
     terms = re.split(r'\s+(<|~[\d.]+)\s+', comparison.strip())      # every second is a relation
     relations, terms = terms[1::2], terms[0::2]
-    require(relations and sentence, 'expected SET: TERM < TERM | sentence')
+    require(relations, 'expected SET: TERM < TERM | sentence')
     values = [values_of(term, dataset, groups) for term in terms]
     named = [f'{term} {np.mean(list(v.values())):.3f}' for term, v in zip(terms, values)]
 
@@ -118,19 +134,18 @@ def verdict(line, groups):
         answer = 'Not decided'
     if False in answers:
         answer = 'Does not hold'
-    return f'- **{answer}.** {sentence.strip()} [{dataset}: {text}]'
+    return f'- **{answer}.** {sentence} [{dataset}: {text}]'
 
 
 def main(argv):
     require(len(argv) > 1 and not argv[0].startswith('-'), __doc__)
     groups = eval.by_seed(argv[1:])
     print(f'{RULE}\n')
-    for line in Path(argv[0]).read_text().splitlines():
-        if line.strip() and not line.startswith('#'):
-            try:
-                print(verdict(line, groups))
-            except UserError as error:
-                raise UserError(f'{argv[0]}: {line!r}: {error}')
+    for line in read_claims(argv[0]):
+        try:
+            print(verdict(line, groups))
+        except UserError as error:
+            raise UserError(f'{argv[0]}: {line!r}: {error}')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import configurator
 import eval
 import train
 from configurator import UserError
-from results import claims, dots, plane
+from results import claims, dots, overview, plane
 
 RESULTS = ROOT / 'results'
 
@@ -92,6 +92,7 @@ def test_more_seeds_than_the_table_of_t_has():
 @pytest.mark.parametrize('line, words', [
     ('old: a < d | x', "no row 'd', but a, b, c"), ('odl: a < b | x', "evaluated on 'odl'"),
     ('old: a b | x', 'expected SET: TERM'), ('old: a < b', 'expected SET: TERM'),
+    ('old: a < b | x | y', 'expected SET: TERM'),
     ('old: a@7 < b | x', '@7 is neither a step'), ('old: a@last < b | x', 'start, peak, best'),
     ('old: a ** 2 < b | x', "'a ** 2' is not a term"), ('old: c < d_seed9 | x', 'd_seed9')])
 def test_a_claim_that_cannot_be_read_is_named(runs, line, words):
@@ -106,6 +107,45 @@ def test_rows_without_a_common_seed(runs):
     del groups['a'][1]
     with pytest.raises(UserError, match='no seed in common'):
         claims.verdict('old: a < c | x', groups)
+
+
+def test_the_readme_has_the_overview_of_the_tables():
+    text = (RESULTS / 'README.md').read_text()
+    assert f'{overview.BEGIN}\n{overview.overview()}\n{overview.END}' in text, \
+        'python -m results.overview results/README.md'
+
+
+def test_an_overview_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, 'RESULTS', tmp_path)
+    (tmp_path / 'q').mkdir()
+    (tmp_path / 'q/claims_x.txt').write_text(
+        'old: a < b | Two fields are no row.\n'
+        'old: a < b < c | It rises (Someone). | by 0.1 | yes\nnew: a ~0.1 b | Alike. | so | no\n')
+    (tmp_path / 'q/table_x.md').write_text(
+        '| run |\n\n- **Holds.** It rises (Someone). [old: a 1.0 < b@5 1.2 (by 0.200, 95% interval '
+        '-0.048 to 0.448, 3 seeds) < c 1.3 (by 0.100, one seed)]\n'
+        '- **Not decided.** Alike. [new: a 1.0 ~ b 1.0 (by -0.010, one seed)]\n')
+    page = tmp_path / 'page.md'
+    page.write_text(f'before\n{overview.BEGIN}\nold\n{overview.END}\nafter\n')
+    overview.main([str(page)])
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ['before', overview.BEGIN] and lines[-2:] == [overview.END, 'after']
+    assert lines[2:4] == overview.HEAD
+    assert lines[4:-2] == [
+        '| [It rises (Someone).](q/table_x.md) | by 0.1 | old: 0.200 (-0.048 to 0.448), 0.100 | '
+        'Holds | yes |',
+        '| [Alike.](q/table_x.md) | so | new: -0.010 | Not decided | no |']
+
+
+def test_an_overview_of_a_table_that_was_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, 'RESULTS', tmp_path)
+    (tmp_path / 'q').mkdir()
+    (tmp_path / 'q/claims.txt').write_text('old: a < b | A new claim. | by 0.1 | yes\n')
+    (tmp_path / 'q/table.md').write_text('- **Holds.** An old claim. [old: a 1.0 < b 1.2 (by 1)]\n')
+    with pytest.raises(UserError, match="no verdict on 'A new claim.'. Run the run.sh"):
+        overview.overview()
+    with pytest.raises(UserError, match='must contain <!-- claims -->'):
+        overview.main([str(tmp_path / 'q/table.md')])
 
 
 # ------------------------------------------------------------------------------
@@ -358,6 +398,8 @@ def published(folder):
 
 def test_every_number_of_the_readme_is_in_the_files():
     text = (RESULTS / 'README.md').read_text()
+    # the rows between the marks are checked above
+    text = text.split(overview.BEGIN)[0] + text.split(overview.END)[1]
     questions = [path.parent for path in RESULTS.glob('*/run.sh')]
     known = {folder.name: published(folder) for folder in questions}
     checked = 0
