@@ -89,7 +89,7 @@ def merge(parts, out):
     for name, path in tokenizer_files(parent).items():
         data.write_whole(partial / name, path.read_bytes())
     about = eval.read_config(parent)
-    if about:                                           # else it is no run, and has no record
+    if about and about['config']['val_data']:           # else there is no record of losses
         factors, models = zip(*parts)
         about['config'] |= {'out_dir': str(out), 'label': '', 'factors': factors,
                             'merged': [str(path) for path in models]}
@@ -113,9 +113,10 @@ def write_record(folder, parent, derived):
 
     step = state['step']
     rows = [row for row in eval.read_rows(parent / 'metrics.jsonl') if row['step'] < step]
-    rows.append({'event': 'eval', 'step': step, 'tokens': step * derived['tokens_per_step'],
-                 'val': val})
-    data.write_whole(folder / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows).encode())
+    tokens = step * derived['tokens_per_step']
+    rows.append({'event': 'eval', 'step': step, 'tokens': tokens, 'val': val})
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    data.write_whole(folder / 'metrics.jsonl', lines.encode())
 
 
 def find_checkpoints(models, steps):

@@ -208,6 +208,12 @@ def test_hugging_face_directories(runs):
     assert eval.Run('out/mixed').final('new') is not None
 
 
+def test_a_run_without_validation_sets_has_no_record(config):
+    ends_well(config('a', val_data=[]))
+    command('average out/a --steps 5 10 --out out/m')
+    assert [path.name for path in Path('out/m').iterdir()] == ['ckpt_00000010.pt']
+
+
 # ------------------------------------------------------------------------------
 # Bad input
 

@@ -30,5 +30,5 @@ merged=$(each out/interpolate_replay0_{0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1} 
 table table $trained $merged
 python -m results.plane docs code --out $here/plane.png $trained $merged \
     --labels 'no replay' '1% replay' '5% replay' '25% replay' \
-        '' '' '0.2 of the way' '' '0.4' '' '0.6' '' '0.8' '' '' \
-        '' '0.2 of the way' '0.4' '0.6' '0.8' ''
+        '' '' '0.2' '' '0.4 of the way' '' '0.6' '' '0.8' '' '' \
+        '' '' '0.4 of the way' '0.6' '0.8' ''
