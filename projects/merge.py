@@ -23,7 +23,10 @@ interpolate (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903): old + amount (new
 add (Chat Vector, Huang et al. 2024, arXiv:2310.04799): continued + (chat - base) gives a base model
 that was pre-trained further what its chat version has learned.
 
-RESULTS
+Expect (three seeds): the mean of the last 45 steps of an infinite main line is as good as an anneal
+over them, 1.504 against 1.506 on docs, and costs nothing (results/release_by_average). On the way
+from the old model to the new one, the mean of both losses falls to 1.494 from 1.626 and 1.641. 5%
+replay has 1.463, and going back two fifths of its way 1.434 (results/interpolation).
 """
 import argparse
 import json
@@ -158,7 +161,8 @@ def main(argv):
     else:
         models, factors = args.models, [-1, 1, 1]
     merge(list(zip(factors, models)), args.out)
-    print(f'{args.out}: ' + ' '.join(f'{f:+.3g} {m}' for f, m in zip(factors, models)))
+    for factor, model in zip(factors, models):
+        print(f'{factor:+.3f} {model}')
 
 
 if __name__ == '__main__':

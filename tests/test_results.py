@@ -287,7 +287,7 @@ def check_training(Config, words, made):
 def check_claims(path, runs):
     """All rows that a claims file compares are there."""
     rows = {re.sub(r'_seed\d$', '', Path(run).name) for run in runs}
-    for line in Path(path).read_text().splitlines():
+    for line in claims.read_claims(path):
         comparison = line.partition('|')[0].partition(':')[2]
         terms = re.split(r'\s(?:<|~[\d.]+)\s', comparison.strip())
         named = {re.sub(r'^[\d.]+ \* |@\w+| [+-] [\d.]+$', '', term) for term in terms}

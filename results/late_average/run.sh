@@ -24,15 +24,17 @@ wait
 for s in $SEEDS; do
     for run in reuse_qa_{late,spread}_{constant,moderate}; do
         merge ${run}_mean_seed$s average out/${run}_seed$s --steps $(seq 225 15 300)
+        merge ${run}_mean30_seed$s average out/${run}_seed$s --steps 270 285 300
     done
 done
 
-runs=$(each out/reuse_qa_{late,spread}{,_constant,_constant_mean,_moderate,_moderate_mean})
+runs=$(each out/reuse_qa_{late,spread}{,_{constant,moderate}{,_mean,_mean30}})
 table table $runs
 for dataset in examples docs; do
     python -m results.dots $dataset $runs --out $here/$dataset.png --zero reuse_qa_spread \
-        --labels 'decay to a hundredth' 'decay to a third' 'decay to a third, averaged' \
-            'constant rate' 'constant rate, averaged' \
-        --panel 'spread over 300 steps' reuse_qa_spread{,_{moderate,constant}{,_mean}} \
-        --panel 'in the last 87 steps' reuse_qa_late{,_{moderate,constant}{,_mean}}
+        --labels 'decay to a hundredth' 'decay to a third' 'its mean of 75 steps' \
+            'its mean of 30 steps' 'constant rate' 'its mean of 75 steps' 'its mean of 30 steps' \
+        --panel 'examples over 300 steps' reuse_qa_spread{,_{moderate,constant}{,_mean,_mean30}} \
+        --panel 'examples in the last 87 steps' \
+            reuse_qa_late{,_{moderate,constant}{,_mean,_mean30}}
 done
