@@ -25,8 +25,8 @@ that was pre-trained further what its chat version has learned.
 
 Expect (three seeds): the mean of the last 45 steps of an infinite main line is as good as an anneal
 over them, 1.504 against 1.506 on docs, and costs nothing (results/release_by_average). On the way
-from the old model to the new one, the mean of both losses falls to 1.494 from 1.626 and 1.641. 5%
-replay has 1.463, and going back two fifths of its way 1.434 (results/interpolation).
+from the old model to the new one, the mean of both losses falls from 1.626 and 1.641 to 1.494. With
+5% replay it is 1.463, and 1.434 after going two fifths of the way back (results/interpolation).
 """
 import argparse
 import json
