@@ -16,8 +16,8 @@ this size could show it.
     WHEN                        a step, or start, peak, best, end, rise (end minus start)
 
 Runs of the same seed are compared with each other: they start from the same old model and read the
-same windows. The mean of their differences has a 95% interval, by Student's t. is_above() decides by
-it. With one seed there is no interval, and nothing is decided.
+same windows. The mean of their differences has a 95% interval, by Student's t, and is_above()
+decides by it. With one seed there is no interval, and nothing is decided.
 """
 import re
 import sys
