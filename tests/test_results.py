@@ -74,7 +74,7 @@ def test_intervals_are_those_of_scipy():
     for n in range(2, 11):
         differences = np.random.default_rng().normal(0.3, 1, n)
         expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3)
+        np.testing.assert_allclose(claims.interval(differences), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('seeds', [2, 3, 5])
@@ -306,7 +306,9 @@ def check_labels(words, rows):
         words = words[words.index('--panel') + 1:]
 
 
-@pytest.mark.parametrize('question', sorted(path.parent.name for path in RESULTS.glob('*/run.sh')))
+# predict makes no tables: see test_law.py
+@pytest.mark.parametrize('question', sorted({path.parent.name for path in
+                                             RESULTS.glob('*/run.sh')} - {'predict'}))
 def test_the_commands_of_a_question(question, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made, tables, pictures = set(), 0, 0
