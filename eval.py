@@ -252,7 +252,7 @@ def by_seed(folders):
         except UserError as error:
             print(f'skipped: {error}', file=sys.stderr)
             continue
-        last, wanted = run.evals[-1]['step'], run.config['max_steps']
+        last, wanted = run.evals[-1]['step'], run.derived.get('last_step', run.config['max_steps'])
         if last < wanted:
             print(f'{folder} is not finished: step {last:,} of {wanted:,}', file=sys.stderr)
         runs.append(run)

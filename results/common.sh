@@ -30,9 +30,26 @@ on() {
     run "$2_seed$1" "${@:3}" --init_from=out/pretrain_docs_seed$1 --seed=$1
 }
 
+# release KIND PART SEED: from the main line of an infinite schedule, the rate falls over the last 15%
+# of a part
+release() {
+    local anneal=$((300 * $2 - 45)) main=splits_infinite_$1
+    run ${main}_release$2_seed$3 config/infinite_docs.py --seed=$3 --schedule=infinite_$1 \
+        --branch_from=out/${main}_seed$3/ckpt_$(printf %08d $anneal).pt --anneal=$anneal \
+        --max_steps=$((300 * $2)) --train_data="{'docs_$2of3': 1}" --switches='[]' \
+        --milestones='[]'
+}
+# the checkpoints of a main line that are kept: for releases and for averages
+every_15="--milestones=[$(seq -s, 210 15 300), $(seq -s, 510 15 600), $(seq -s, 810 15 900)]"
+
 # each out/a out/b: the folders of all seeds
 each() {
     for s in $SEEDS; do echo "${@/%/_seed$s}"; done
+}
+
+# merge NAME COMMAND MODEL...: the folder out/NAME of merged weights, by projects/merge.py
+merge() {
+    [[ -e out/$1 ]] || python -m projects.merge "${@:2}" --out "out/$1"
 }
 
 # table NAME RUN...: NAME.md and NAME.json, with verdicts on the claims; table_x has claims_x.txt

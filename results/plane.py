@@ -21,7 +21,7 @@ from configurator import UserError, require
 Point = namedtuple('Point', 'text end deviation start family')
 # The knobs that must be equal for two points to be joined by a line.
 FAMILY = ('train_data', 'replay_data', 'switches', 'schedule', 'learning_rate', 'min_lr', 'warmup',
-          'max_steps', 'freeze', 'init_from')
+          'max_steps', 'freeze', 'init_from', 'merged')
 
 
 def find_points(groups, old, new, labels):

@@ -18,7 +18,7 @@ import configurator
 import eval
 import train
 from configurator import UserError
-from results import claims, overview, plane
+from results import claims, dots, overview, plane
 
 RESULTS = ROOT / 'results'
 
@@ -200,9 +200,44 @@ def test_a_plane_that_cannot_be_drawn(runs, argv, words):
         plane.main(argv.split())
 
 
+def test_dots_are_differences_seed_by_seed(runs, monkeypatch):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    argv = ['old', *runs, '--labels', 'first', 'second', 'third', '--out', 'x.png']
+    panels = ['--panel', 'ends', 'a', 'b', 'c', '--panel', 'on the way', 'b@5', 'a', 'b@start']
+    dots.main(argv + panels)
+    assert Path('x.png').read_bytes()[:4] == b'\x89PNG'
+    for ax, title, means in zip(figures[0].axes, ('ends', 'on the way'),
+                                ((0, 0.2, 0.3), (0, -0.6, -0.9))):
+        big = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 7]
+        np.testing.assert_allclose([x for x, _ in big], means, atol=1e-12)
+        assert ax.get_title() == title and [y for _, y in big] == [0, 1, 2]
+    labels = figures[0].axes[0].get_yticklabels()
+    assert [text.get_text() for text in labels] == ['first', 'second', 'third']
+    lines = [line.get_xdata() for line in figures[0].axes[0].lines if len(line.get_xdata()) == 2]
+    assert any(np.allclose(x, claims.interval([0.1, 0.2, 0.3])) for x in lines)
+
+    dots.main([*argv, *panels[:5], '--zero', 'c'])
+    big = [line.get_xdata()[0] for line in figures[1].axes[0].lines if line.get_markersize() == 7]
+    np.testing.assert_allclose(big, (-0.3, -0.1, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize('panel, words', [
+    ('x a', "panel 'x' has 1 terms, but there are 2 labels"), ('x a d', "no row 'd'"),
+    ('x a a@7', '@7 is neither')])
+def test_dots_that_cannot_be_drawn(runs, panel, words):
+    argv = ['old', *runs, '--labels', 'p', 'q', '--out', 'x.png', '--panel', *panel.split()]
+    with pytest.raises(UserError, match=words):
+        dots.main(argv)
+
+
 def test_as_programs(runs):
-    for words in (['claims', 'claims.txt', 'a_seed1'], ['plane', 'old', 'x', 'a_seed1',
-                                                       '--out', 'x.png']):
+    for words in (['claims', 'claims.txt', 'a_seed1'],
+                  ['dots', 'x', 'a_seed1', '--out', 'x.png', '--labels', 'p', '--panel', 'x', 'a'],
+                  ['plane', 'old', 'x', 'a_seed1', '--out', 'x.png']):
         done = subprocess.run([sys.executable, '-m', f'results.{words[0]}', *words[1:]], text=True,
                               capture_output=True, env={'PYTHONPATH': str(ROOT)})
         assert done.returncode == 1 and done.stderr.startswith(f'results.{words[0]}: ')
@@ -252,13 +287,23 @@ def check_training(Config, words, made):
 def check_claims(path, runs):
     """All rows that a claims file compares are there."""
     rows = {re.sub(r'_seed\d$', '', Path(run).name) for run in runs}
-    for line in Path(path).read_text().splitlines():
-        if line.startswith('#'):
-            continue
+    for line in claims.read_claims(path):
         comparison = line.partition('|')[0].partition(':')[2]
         terms = re.split(r'\s(?:<|~[\d.]+)\s', comparison.strip())
         named = {re.sub(r'^[\d.]+ \* |@\w+| [+-] [\d.]+$', '', term) for term in terms}
         assert len(terms) > 1 and named <= rows, line
+
+
+def check_labels(words, rows):
+    """There is a label for each row of a picture, or for each row of a panel of results.dots."""
+    labels = option(words, '--labels')
+    if words[0] != 'results.dots':
+        assert len(labels) == len(rows), words
+    while '--panel' in words:
+        title, *terms = option(words, '--panel')
+        assert len(terms) == len(labels), title
+        assert {term.partition('@')[0] for term in terms} <= set(rows), title
+        words = words[words.index('--panel') + 1:]
 
 
 # predict makes no tables: see test_law.py
@@ -272,6 +317,11 @@ def test_the_commands_of_a_question(question, tmp_path, monkeypatch):
             check_training(train.Config, words, made)
             continue
         asked = [word for word in words if word.startswith('out/')]
+        if words[0] == 'projects.merge':
+            *asked, merged = asked                              # --out is the last option
+            assert set(asked) <= made and merged not in made, words
+            made.add(merged)
+            continue
         assert set(asked) <= made, words
         rows = list(dict.fromkeys(re.sub(r'_seed\d$', '', Path(run).name) for run in asked))
         if words[0] == 'results.claims':
@@ -279,7 +329,7 @@ def test_the_commands_of_a_question(question, tmp_path, monkeypatch):
             check_claims(words[1], asked)
         elif words[0] not in ('table', 'projects.self_replay'):     # which makes a corpus
             pictures += 1
-            assert len(option(words, '--labels')) == len(rows), words
+            check_labels(words, rows)
             out = option(words, '--out')[0]
             assert (ROOT / out).exists() and out.startswith(f'results/{question}/')
     assert tables and pictures and made
@@ -371,10 +421,10 @@ def test_every_number_of_the_readme_is_in_the_files():
 
 def test_every_number_of_the_projects_is_in_the_files():
     for row in (ROOT / 'projects/README.md').read_text().splitlines():
-        folders = re.findall(r'\(\.\./results/projects/(\w+)(?:/[\w.]+)?\)', row)
+        folders = re.findall(r'\(\.\./results/((?:projects/)?\w+)(?:/[\w.]+)?\)', row)
         if row.startswith('|') and folders:
             tables = [path.read_text() for name in folders
-                      for path in (RESULTS / 'projects' / name).glob('*.md')]
+                      for path in (RESULTS / name).glob('*.md')]
             number = r'(?<!\d)\d\.\d{3}(?!\d)'         # and not the number of a paper
             allowed = re.findall(number, ' '.join(tables))
             assert set(re.findall(number, row)) <= set(allowed), row

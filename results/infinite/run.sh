@@ -18,7 +18,7 @@ for s in $SEEDS; do
     run splits_repeated_seed$s config/infinite_docs.py --seed=$s --schedule=repeated_cosine
     for kind in cosine inv_sqrt; do
         run splits_infinite_${kind}_seed$s config/infinite_docs.py --seed=$s \
-            --schedule=infinite_$kind
+            --schedule=infinite_$kind "$every_15"
     done
 done
 wait
@@ -27,12 +27,7 @@ wait
 for s in $SEEDS; do
     for kind in cosine inv_sqrt; do
         for part in 1 2 3; do
-            anneal=$((300 * part - 45))
-            main=out/splits_infinite_${kind}_seed$s
-            run splits_infinite_${kind}_release${part}_seed$s config/infinite_docs.py --seed=$s \
-                --schedule=infinite_$kind --branch_from=$main/ckpt_$(printf %08d $anneal).pt \
-                --anneal=$anneal --max_steps=$((300 * part)) \
-                --train_data="{'docs_${part}of3': 1}" --switches='[]' --milestones='[]'
+            release $kind $part $s
         done
     done
 done
