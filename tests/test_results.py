@@ -419,6 +419,18 @@ def test_every_number_of_the_readme_is_in_the_files():
                if folder.name != 'headline')
 
 
+def test_the_numbers_of_the_first_page_are_rounded_from_the_files():
+    text = (ROOT / 'README.md').read_text()
+    rows = re.findall(r'^\| \[.*\]\(results/(\w+)\) \|(.*)$', text, re.M)
+    assert len(rows) > 7
+    for folder, row in rows:
+        known = {float(number) for number in published(RESULTS / folder)
+                 if re.fullmatch(r'-?[\d.]+', number)}
+        for number in re.findall(r'\d\.\d+', row):
+            decimals = len(number) - 2
+            assert any(abs(value - float(number)) <= 0.5001 * 10**-decimals for value in known), row
+
+
 def test_every_number_of_the_projects_is_in_the_files():
     for row in (ROOT / 'projects/README.md').read_text().splitlines():
         folders = re.findall(r'\(\.\./results/((?:projects/)?\w+)(?:/[\w.]+)?\)', row)
