@@ -412,3 +412,5 @@ def test_every_percentage_of_the_readme_is_in_the_tables():
         numbers = re.findall(r'(?<![\d.])\d+\.\d%', section)
         assert numbers and set(numbers) <= set(re.findall(r'\d+\.\d%', tables)), section
     assert len(sections) == 2
+    numbers = re.findall(r'\d+\.\d%', (ROOT / 'README.md').read_text())
+    assert len(numbers) == 3 and set(numbers) <= set(re.findall(r'\d+\.\d%', tables))
