@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does the old model's own schedule decide how much it will forget? (Watts et al. 2026,
-# arXiv:2605.02105; loss potential: Wang et al. 2025, arXiv:2505.07796) The same stage on `code` from
-# old models whose rate never fell, fell over the last 10 or 20%, fell by a cosine, or fell by a
-# cosine from twice the peak. Those with a decay end at a tenth of their peak.
+# arXiv:2605.02105; loss potential: Wang et al. 2025, arXiv:2505.07796) The same stage on `code`
+# from old models whose rate never fell, fell over the last 10 or 20%, fell by a cosine, or fell by
+# a cosine from twice the peak. Those with a decay end at a tenth of their peak.
 # Three seeds; about 32 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/bases
