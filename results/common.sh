@@ -6,6 +6,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p out
 export OMP_NUM_THREADS=1            # two runs on one thread each are faster than one run on two
 SEEDS=${SEEDS:-1 2 3}
+MORE=${MORE-4 5}                    # further seeds of runs on which three seeds do not decide
+
+# all_seeds COMMAND...: with all of them
+all_seeds() {
+    SEEDS="$SEEDS $MORE" "$@"
+}
 
 # run NAME CONFIG --key=value...: train into out/NAME in the background, two runs at a time.
 # With program='-m projects.ewc' before it, by that project.

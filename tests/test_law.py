@@ -378,7 +378,7 @@ def test_the_commands_of_predict(tmp_path, monkeypatch):
             assert set(option(words, '--fitted')) == fitted[words[1]]
             assert asked == fitted[words[1]] | runs and not fitted[words[1]] & runs
             assert len(option(words, '--labels')) == len(runs)
-    assert [len(runs) for runs in predicted.values()] == [10, 5]
+    assert [len(runs) for runs in predicted.values()] == [10, 9]
     for path, runs in fitted.items():
         assert {f'out/{run["name"]}' for run in law.read_law(ROOT / path)['runs']} == runs
     written |= {name.replace('.md', '.json') for name in written}

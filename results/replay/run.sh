@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # How much to replay, under a weak and under a strong shift? (Ibrahim et al. 2024, Table 2 and
-# Figs. 4, 5 and 7) Three seeds; about 35 minutes on 2 CPU cores after first_curve.
+# Figs. 4, 5 and 7) Three seeds, and five for the comparison with training on both corpora, where
+# three do not decide; about 45 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/replay
 maths="--train_data={'maths': 1}"
 union="--train_data={'docs': 10, 'maths': 3}"
 sets="--val_data=['docs', 'maths']"
 
-pretrained
+all_seeds pretrained
+for s in $MORE; do
+    on $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
+    on $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
+    run union_docs_code_seed$s config/union_docs_code.py --seed=$s
+done
 for s in $SEEDS; do
     for percent in 0 0.5 1 5 10 50; do
         on $s maths_replay$percent config/rewarm_docs_maths.py --replay=$percent/100
@@ -29,6 +35,7 @@ table table_weak \
     $(each out/maths_replay{0,0.5,1,5,10,50} out/{maths_constant,scratch_maths,union_docs_maths})
 table table_strong \
     $(each out/rewarm_replay{0,1,5,10,25,50} out/{constant_replay0,scratch_code,union_docs_code})
+table table_union $(all_seeds each out/{rewarm_replay{0,50},union_docs_code})
 table table_shift $(each out/{maths,rewarm}_replay0)
 python -m results.plane docs maths --out $here/plane_weak.png \
     $(each out/maths_replay{0,1,5,10,50} out/{maths_constant,union_docs_maths}) \
