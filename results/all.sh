@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes everything in results/ in about 4.5 hours on 2 CPU cores. Later questions use runs of
+# Makes everything in results/ in about 5 hours on 2 CPU cores. Later questions use runs of
 # earlier ones.
 questions='first_curve bases replay self_replay predict interpolation peaks same_data warmup earlier
 infinite release_by_average domains reuse late_average headline'
