@@ -436,8 +436,7 @@ def plot(groups, out, labels=()):
         rate_ax.set_ylim(0, None)
         rate_ax.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         for a in axes[:, column]:
-            a.grid(alpha=0.25)
-            a.spines[['top', 'right']].set_visible(False)
+            plain_axes(a)
 
     names = ['validation loss (nats per token)', 'learning rate', *logged]
     for a, name in zip(axes[:, 0], names):
@@ -504,6 +503,12 @@ def panel_title(groups, name):
     if name in run.old:
         title += f' (peak {run.forgetting_peak(name):+.3f})'
     return title
+
+
+def plain_axes(ax, grid='both'):
+    """A light grid, and no frame at the top and right."""
+    ax.grid(axis=grid, alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
 
 
 def save_figure(fig, out):

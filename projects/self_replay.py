@@ -22,6 +22,7 @@ end-of-text, the model would rehearse beginnings alone, and an end after every T
 document of a stream is cut short, so take long streams: `tokens` far above `batch` times T.
 """
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -46,15 +47,12 @@ def sample_streams(model, eot, streams, length, temperature=1.0, generator=None)
     return ids
 
 
-@torch.no_grad()
 def loss_on(model, folder, windows=128):
     """The loss of a model on its own text. It is near the loss on the real text if all is well."""
     T = model.config.max_position_embeddings
     source = data.Source(folder.name, [folder / 'train_00000.bin'], T)
-    ids = torch.from_numpy(source.read(data.val_windows(source, windows)))      # (windows, T + 1)
-    ids = ids.to(model.embed_out.weight.device)
-    losses = [model(row[None, :-1], row[None, 1:])[1].item() for row in ids]
-    return sum(losses) / len(losses)
+    own = {folder.name: (source, data.val_windows(source, windows))}
+    return eval.evaluate(model, own, 16, contextlib.nullcontext())[folder.name]['loss']
 
 
 def main(argv):

@@ -33,13 +33,16 @@ def dots(groups, dataset, panels, labels, zero, out):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    found = []
+    for title, *terms in panels:
+        require(len(terms) == len(labels), f'panel {title!r} has {len(terms)} terms, but there '
+                f'are {len(labels)} labels')
+        found.append(find_differences(groups, dataset, terms, zero or terms[0]))
+
     size = 2 + 3 * len(panels), 1.2 + 0.42 * len(labels)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharex=True, sharey=True, squeeze=False,
                              layout='constrained')
-    for ax, (title, *terms) in zip(axes[0], panels):
-        require(len(terms) == len(labels), f'panel {title!r} has {len(terms)} terms, but there '
-                f'are {len(labels)} labels')
-        rows = find_differences(groups, dataset, terms, zero or terms[0])
+    for ax, (title, *_), rows in zip(axes[0], panels, found):
         ax.axvline(0, color='0.4', ls=':', lw=1)
         for y, by in enumerate(rows):
             color = eval.STYLES[0 if by.any() else 6][0]        # black: the zero itself
@@ -48,8 +51,7 @@ def dots(groups, dataset, panels, labels, zero, out):
                 ax.plot(by, np.full(len(by), y), 'o', mfc='white', mec='0.5', ms=4)
             ax.plot(by.mean(), y, 'o', color=color, ms=7)
         ax.set_title(title, fontsize=10)
-        ax.grid(axis='x', alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
+        eval.plain_axes(ax, grid='x')
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()                                   # the first row on top
     name = 'the mean over all sets' if dataset == 'average' else dataset

@@ -20,7 +20,6 @@ old model (or seeds of it), one pair of datasets, one batch size and one list of
 Fit runs that differ in all that will differ later: in schedule, peak rate, replay, and length.
 """
 import argparse
-import importlib
 import json
 import math
 import sys
@@ -34,6 +33,7 @@ import eval
 import schedules
 import train
 from configurator import UserError, require
+from corpora.tokenizer import import_optional
 from results import law_pictures
 
 
@@ -259,18 +259,12 @@ def search(ranges, starts, residuals):
         return np.where(errors < 1, errors**2 / 2, errors - 0.5).sum()
 
     tries = np.random.default_rng(0).uniform(*bounds, (100 * starts, len(names)))
-    fits = [scipy('optimize').least_squares(lambda x: residuals(named(x)), x, bounds=bounds,
-                                            loss='huber', f_scale=HUBER)
+    optimize = import_optional('scipy.optimize')
+    fits = [optimize.least_squares(lambda x: residuals(named(x)), x, bounds=bounds, loss='huber',
+                                   f_scale=HUBER)
             for x in sorted(tries, key=cost)[:starts]]
     best = min(fits, key=lambda found: found.cost)
     return named(best.x), float(best.cost)
-
-
-def scipy(part):
-    try:
-        return importlib.import_module(f'scipy.{part}')
-    except ImportError:
-        raise UserError('results.law needs scipy: pip install scipy')
 
 
 def leave_out(function, stages, name, momentum):
@@ -304,7 +298,7 @@ def predict(law, stage):
     """
     predictions = {}
     rows = {run['row'] for run in law['runs']}
-    t = float(scipy('stats').t.ppf(0.975, len(rows) - 1))
+    t = float(import_optional('scipy.stats').t.ppf(0.975, len(rows) - 1))
     for name, fitted in law['sets'].items():
         function = FORMS[law['form']][fitted['role']]
         curve = follow(function, fitted['parameters'], stage, name, fitted['momentum'])

@@ -29,8 +29,7 @@ def curves(panels, out):
                         label=f'{name}, measured')
         ax.set_title(textwrap.fill(title, 26 if across > 1 else 60), fontsize=9, parse_math=False)
         ax.set_xlim(0, None)
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
+        eval.plain_axes(ax)
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
@@ -76,6 +75,5 @@ def plane(law, tried, best, out):
     ax.set(xlabel=f'predicted final loss on old data: {old} (nats per token)',
            ylabel=f'predicted final loss on new data: {new} (nats per token)',
            title='Lower left is better: little forgotten, much learned')
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
+    eval.plain_axes(ax)
     eval.save_figure(fig, out)

@@ -69,8 +69,7 @@ def plane(groups, old, new, out, labels=()):
     ax.set(xlabel=f'loss on old data: {old} (nats per token)',
            ylabel=f'loss on new data: {new} (nats per token)',
            title='Lower left is better: little forgotten, much learned')
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
+    eval.plain_axes(ax)
     add_labels(fig, ax, points)
     eval.save_figure(fig, out)
 

@@ -9,7 +9,7 @@ union="--train_data={'docs': 10, 'maths': 3}"
 sets="--val_data=['docs', 'maths']"
 
 all_seeds pretrained
-for s in $MORE; do
+for s in $SEEDS $MORE; do
     on $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
     on $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
     run union_docs_code_seed$s config/union_docs_code.py --seed=$s
@@ -18,7 +18,7 @@ for s in $SEEDS; do
     for percent in 0 0.5 1 5 10 50; do
         on $s maths_replay$percent config/rewarm_docs_maths.py --replay=$percent/100
     done
-    for percent in 0 1 5 10 25 50; do
+    for percent in 1 5 10 25; do
         on $s rewarm_replay$percent config/rewarm_docs_code.py --replay=$percent/100
     done
     on $s maths_constant config/rewarm_docs_maths.py --replay=0 $constant
@@ -27,7 +27,6 @@ for s in $SEEDS; do
     run scratch_code_seed$s config/scratch_code.py --seed=$s
     run union_docs_maths_seed$s config/union_docs_code.py --seed=$s "$union" "$sets" \
         --max_steps=1300
-    run union_docs_code_seed$s config/union_docs_code.py --seed=$s
 done
 wait
 

@@ -37,8 +37,7 @@ def draw(folders, out):
             tuned = [value(run.evals[-1]) for _, run in runs]
             ax.plot(steps, tuned, 'o-', color='#D55E00', label='after fine-tuning')
             ax.plot(steps, untouched, 's--', color='#0072B2', label='checkpoint as it is')
-            ax.grid(alpha=0.25)
-            ax.spines[['top', 'right']].set_visible(False)
+            eval.plain_axes(ax)
             if column == 0:
                 ax.set_ylabel(label)
         axes[0, column].set_title(TITLES.get(task, task), fontsize=11)
