@@ -112,29 +112,39 @@ def values_of(term, dataset, groups):
     return values
 
 
-def verdict(line, groups):
-    """The verdict on a claim as a line of Markdown, with its numbers in brackets."""
-    formula, sentence = fields(line)[:2]
+def compare(formula, groups):
+    """(set, {term: {seed: value}}, [(relation, its differences, one of each seed), ...])"""
     dataset, _, comparison = formula.partition(':')
     terms = re.split(r'\s+(<|~[\d.]+)\s+', comparison.strip())      # every second is a relation
     relations, terms = terms[1::2], terms[0::2]
     require(relations, 'expected SET: TERM < TERM | sentence')
-    values = [values_of(term, dataset, groups) for term in terms]
-    named = [f'{term} {np.mean(list(v.values())):.3f}' for term, v in zip(terms, values)]
+    values = {term: values_of(term, dataset, groups) for term in terms}
 
-    text, answers = named[0], []
-    for i, relation in enumerate(relations):
-        left, right = values[i], values[i + 1]
+    found = []
+    for relation, a, b in zip(relations, terms, terms[1:]):
+        left, right = values[a], values[b]
         by = [right[seed] - left[seed] for seed in sorted(left.keys() & right.keys())]
-        require(by, f'{terms[i]} and {terms[i + 1]} have no seed in common')
-        text += f' {relation[0]} {named[i + 1]} (by {shown(by)})'
-        answers.append(holds(relation, by))
-    answer = 'Holds'
-    if None in answers:
-        answer = 'Not decided'
+        require(by, f'{a} and {b} have no seed in common')
+        found.append((relation, by))
+    return dataset, values, found
+
+
+def answer(found):
+    """The verdict on the comparisons of a claim."""
+    answers = [holds(relation, by) for relation, by in found]
     if False in answers:
-        answer = 'Does not hold'
-    return f'- **{answer}.** {sentence} [{dataset}: {text}]'
+        return 'Does not hold'
+    return 'Not decided' if None in answers else 'Holds'
+
+
+def verdict(line, groups):
+    """The verdict on a claim as a line of Markdown, with its numbers in brackets."""
+    formula, sentence = fields(line)[:2]
+    dataset, values, found = compare(formula, groups)
+    text, *others = [f'{term} {np.mean(list(v.values())):.3f}' for term, v in values.items()]
+    for term, (relation, by) in zip(others, found):
+        text += f' {relation[0]} {term} (by {shown(by)})'
+    return f'- **{answer(found)}.** {sentence} [{dataset}: {text}]'
 
 
 def main(argv):

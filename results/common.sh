@@ -13,14 +13,18 @@ all_seeds() {
     SEEDS="$SEEDS $MORE" "$@"
 }
 
-# run NAME CONFIG --key=value...: train into out/NAME in the background, two runs at a time.
-# With program='-m projects.ewc' before it, by that project.
-run() {
+# background NAME COMMAND...: two commands at a time; what they print goes to out/NAME.log
+background() {
     while (($(jobs -rp | wc -l) >= ${AT_ONCE:-2})); do sleep 0.2; done
     {
-        python ${program:-train.py} "${@:2}" --out_dir="out/$1" > "out/$1.log" 2>&1 && echo "$1" ||
-            { tail -n 5 "out/$1.log"; kill $$; }
+        "${@:2}" > "out/$1.log" 2>&1 && echo "$1" || { tail -n 5 "out/$1.log"; kill $$; }
     } &
+}
+
+# run NAME CONFIG --key=value...: train into out/NAME, in the background. With
+# program='-m projects.ewc' before it, by that project.
+run() {
+    background "$1" python ${program:-train.py} "${@:2}" --out_dir="out/$1"
 }
 
 # the old model of every question; the milestones are Pythia's steps 10,000 and 27,000 of 143,000
@@ -53,9 +57,9 @@ each() {
     for s in $SEEDS; do echo "${@/%/_seed$s}"; done
 }
 
-# merge NAME COMMAND MODEL...: the folder out/NAME of merged weights, by projects/merge.py
+# merge NAME COMMAND MODEL...: merged weights into out/NAME, by projects/merge.py, in the background
 merge() {
-    [[ -e out/$1 ]] || python -m projects.merge "${@:2}" --out "out/$1"
+    [[ -e out/$1 ]] || background "$1" python -m projects.merge "${@:2}" --out "out/$1"
 }
 
 # table NAME RUN...: NAME.md and NAME.json, with verdicts on the claims; table_x has claims_x.txt

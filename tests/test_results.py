@@ -18,7 +18,7 @@ import configurator
 import eval
 import train
 from configurator import UserError
-from results import claims, dots, overview, plane
+from results import claims, dots, overview, plane, turns
 
 RESULTS = ROOT / 'results'
 
@@ -234,10 +234,49 @@ def test_dots_that_cannot_be_drawn(runs, panel, words):
         dots.main(argv)
 
 
+def test_turns_are_the_differences_of_claims(runs, monkeypatch):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    short, long = 'It is so (Someone 2021, Fig. 1).', 'And (unlike some) that is so: ' + 50 * 'x '
+    Path('p.txt').write_text(f'old: a < b | {short}\nold: a@start < c | {long}\n')
+    Path('q.txt').write_text(f'old: b + 0.1 < a | {short} | up | yes\nold: c < b | {long}\n')
+    turns.main(['p.txt', 'q.txt', '--runs', *runs, '--labels', 'P', 'Q', '--out', 'x.png'])
+    assert Path('x.png').read_bytes()[:4] == b'\x89PNG'
+    ax = figures[0].axes[0]
+    dots = {line.get_label(): line.get_xydata() for line in ax.lines if line.get_marker() == 'o'}
+    # one seed of c: it began at 1.0 and ended at 1.6, where b ended at 1.5
+    np.testing.assert_allclose(dots['P'], [[0.2, -0.125], [0.6, 0.875]])
+    np.testing.assert_allclose(dots['Q'], [[-0.3, 0.125], [-0.1, 1.125]])
+    bars = [line.get_xdata() for line in ax.lines if line.get_lw() == 2]
+    np.testing.assert_allclose(bars, [claims.interval([0.1, 0.2, 0.3]),
+                                      claims.interval([-0.2, -0.3, -0.4])])
+    labels = [text.get_text().replace('\n', ' ') for text in ax.get_yticklabels()]
+    assert labels == ['It is so.', long.strip()]
+
+
+@pytest.mark.parametrize('p, q, labels, words', [
+    ('old: a < b | So.', 'old: a < b | Other.', 'P Q', 'differ in their sentences'),
+    ('old: a < b | So.', 'old: b < a | So.', 'P', '1 labels for 2 files'),
+    ('old: a < b < c | So.', 'old: a < b | So.', 'P Q', "p.txt: 'old: a < b < c': .*two terms"),
+    ('old: a ~0.1 b | So.', 'old: a < b | So.', 'P Q', 'two terms'),
+    ('old: a < d | So.', 'old: a < b | So.', 'P Q', "no row 'd'"),
+    ('', '', 'P Q', 'no claim')])
+def test_turns_that_cannot_be_drawn(runs, p, q, labels, words):
+    Path('p.txt').write_text(p)
+    Path('q.txt').write_text(q)
+    with pytest.raises(UserError, match=words):
+        turns.main(['p.txt', 'q.txt', '--runs', *runs, '--labels', *labels.split(),
+                    '--out', 'x.png'])
+
+
 def test_as_programs(runs):
     for words in (['claims', 'claims.txt', 'a_seed1'],
                   ['dots', 'x', 'a_seed1', '--out', 'x.png', '--labels', 'p', '--panel', 'x', 'a'],
-                  ['plane', 'old', 'x', 'a_seed1', '--out', 'x.png']):
+                  ['plane', 'old', 'x', 'a_seed1', '--out', 'x.png'],
+                  ['turns', 'x', '--runs', 'a_seed1', '--labels', 'p', '--out', 'x.png']):
         done = subprocess.run([sys.executable, '-m', f'results.{words[0]}', *words[1:]], text=True,
                               capture_output=True, env={'PYTHONPATH': str(ROOT)})
         assert done.returncode == 1 and done.stderr.startswith(f'results.{words[0]}: ')
@@ -298,6 +337,8 @@ def check_claims(path, runs):
 def check_labels(words, rows):
     """There is a label for each row of a picture, or for each row of a panel of results.dots."""
     labels = option(words, '--labels')
+    if words[0] == 'results.turns':
+        rows = words[1:words.index('--runs')]               # the claims files
     if words[0] != 'results.dots':
         assert len(labels) == len(rows), words
     while '--panel' in words:

@@ -23,6 +23,7 @@ between() {
 }
 between 0 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1
 between 5 0 0.2 0.4 0.6 0.8 1
+wait
 
 trained=$(each out/rewarm_replay{0,1,5,25})
 merged=$(each out/interpolate_replay0_{0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1} \

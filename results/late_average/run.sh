@@ -27,6 +27,7 @@ for s in $SEEDS; do
         merge ${run}_mean30_seed$s average out/${run}_seed$s --steps 270 285 300
     done
 done
+wait
 
 runs=$(each out/reuse_qa_{late,spread}{,_{constant,moderate}{,_mean,_mean30}})
 table table $runs

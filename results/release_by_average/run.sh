@@ -30,6 +30,7 @@ for s in $SEEDS; do
         done
     done
 done
+wait
 
 runs=$(each out/splits_infinite_cosine{,_release{1,2,3}} \
     out/splits_average{1,2,3}_{mean,sqrt,ema}{45,90})

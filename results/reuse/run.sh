@@ -11,12 +11,10 @@ qa="{'docs': 0.9, 'examples': 0.1}"
 
 pretrained
 for s in $SEEDS; do
-    for rewarmed in '' _rewarmed; do
-        rate=${rewarmed:+$rewarm}
-        on $s reuse_general$rewarmed $config --switches='[]' $rate
-        on $s reuse_qa_throughout$rewarmed $config --switches='[]' --train_data="$qa" $rate
-        on $s reuse_qa_late$rewarmed $config $rate
-    done
+    on $s reuse_general $config --switches='[]'
+    on $s reuse_qa_throughout $config --switches='[]' --train_data="$qa"
+    on $s reuse_qa_late $config
+    on $s reuse_qa_late_rewarmed $config $rewarm
     # as many examples as reuse_qa_late reads, but spread over the whole stage, or at its beginning
     on $s reuse_qa_spread $config --switches='[]' \
         --train_data="{'docs': 1 - 0.1 * 87 / 300, 'examples': 0.1 * 87 / 300}"
@@ -31,7 +29,7 @@ done
 wait
 
 table table_order \
-    $(each out/reuse_{general,qa_throughout,qa_late}{,_rewarmed} out/reuse_qa_{spread,first})
+    $(each out/reuse_{general,qa_{throughout,late,late_rewarmed,spread,first}})
 table table_ends $(each out/reuse_{end_tenth,qa_late,end_zero})
 table table_switch $(each out/reuse_{qa_throughout,switch_1_2,qa_late,switch_1_10,switch_1_50})
 python eval.py plot $(each out/reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}) \
