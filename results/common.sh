@@ -1,6 +1,6 @@
-# What every run.sh here begins with. Runs are written to out/, and what they print to out/NAME.log.
-# The questions share them. A finished run is skipped and an interrupted one is resumed, so a script
-# can be stopped and started again at any time.
+# What every run.sh here begins with. Runs are written to out/, what they print to out/NAME.log, and
+# their command to out/NAME.done once they are finished. The questions share runs: a finished one is
+# skipped and an interrupted one is resumed, so a script can be stopped and started again at any time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p out
@@ -13,11 +13,18 @@ all_seeds() {
     SEEDS="$SEEDS $MORE" "$@"
 }
 
-# background NAME COMMAND...: two commands at a time; what they print goes to out/NAME.log
+# background NAME COMMAND...: make out/NAME, two at a time
 background() {
+    [[ ! -e out/$1 || $(cat "out/$1.done" 2> /dev/null) != "${*:2}" ]] || return 0
     while (($(jobs -rp | wc -l) >= ${AT_ONCE:-2})); do sleep 0.2; done
     {
-        "${@:2}" > "out/$1.log" 2>&1 && echo "$1" || { tail -n 5 "out/$1.log"; kill $$; }
+        if "${@:2}" > "out/$1.log" 2>&1; then
+            echo "${*:2}" > "out/$1.done"
+            echo "$1"
+        else
+            tail -n 5 "out/$1.log"
+            kill $$
+        fi
     } &
 }
 
@@ -59,7 +66,8 @@ each() {
 
 # merge NAME COMMAND MODEL...: merged weights into out/NAME, by projects/merge.py, in the background
 merge() {
-    [[ -e out/$1 ]] || background "$1" python -m projects.merge "${@:2}" --out "out/$1"
+    [[ -e out/$1.done ]] || rm -rf "out/$1"             # which an interrupted one left
+    background "$1" python -m projects.merge "${@:2}" --out "out/$1"
 }
 
 # table NAME RUN...: NAME.md and NAME.json, with verdicts on the claims; table_x has claims_x.txt

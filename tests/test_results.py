@@ -303,6 +303,30 @@ def commands(question, folder):
     return [path.read_text().splitlines() for path in sorted(Path(folder, 'asked').iterdir())]
 
 
+def test_what_is_finished_is_skipped_and_a_failure_ends_the_script(tmp_path):
+    (tmp_path / 'results/q').mkdir(parents=True)
+    shutil.copy(RESULTS / 'common.sh', tmp_path / 'results')
+    python = tmp_path / 'python'
+    python.write_text('#!/usr/bin/env bash\necho "${@: -1}" >> asked\n'
+                      'mkdir out/a_seed1 2> out/error || [[ $* != *fail* ]]\n')
+    python.chmod(0o755)
+
+    def script(command):
+        Path(tmp_path, 'results/q/run.sh').write_text(
+            f'. "$(dirname "$0")/../common.sh"\nrun a_seed1 x.py {command}\nwait\necho end\n')
+        done = subprocess.run(['bash', 'results/q/run.sh'], cwd=tmp_path, text=True,
+                              capture_output=True, env={'PATH': f'{tmp_path}:/usr/bin:/bin'})
+        return done, len(Path(tmp_path, 'asked').read_text().splitlines())
+
+    for calls in (1, 1):                                        # the second time, it is there
+        done, asked = script("--k=\"{'b c': 2}\"")
+        assert done.returncode == 0 and done.stdout.endswith('end\n') and asked == calls
+    done, asked = script('--k=3')                               # by another command
+    assert done.returncode == 0 and asked == 2
+    done, asked = script('--fail')
+    assert done.returncode != 0 and 'end' not in done.stdout and asked == 3
+
+
 def option(words, name):
     """What follows an option: the words up to the next one."""
     following = words[words.index(name) + 1:]
