@@ -2,19 +2,24 @@
 # What turns when the old model has learnt for longer? Four times as long, 4,000 steps (18 tokens a
 # parameter) in place of 1,000, and from there the stages whose claims did not hold for an old model
 # that was still learning: the same data again, replay against the union, earlier checkpoints,
-# valuable data late. Three seeds; about 90 minutes on 2 CPU cores after replay, same_data, earlier
-# and reuse.
+# valuable data late. Three seeds (five where replay has five); about 90 minutes on 2 CPU cores after
+# replay, same_data, earlier and reuse.
 . "$(dirname "$0")/../common.sh"
 here=results/converged
 qa="{'docs': 0.9, 'examples': 0.1}"
 rewarm='--learning_rate=3e-3 --min_lr=3e-5 --warmup=0.01'
 
-# on_both SEED NAME CONFIG --key=value...: a stage from the old model of 1,000 steps, and the same
-# stage from that of 4,000
-on_both() {
-    on "$@"
+# on_long SEED NAME CONFIG --key=value...: a stage from the old model of 4,000 steps
+on_long() {
     run "long_$2_seed$1" "${@:3}" --init_from=out/long_pretrain_seed$1 --seed=$1
 }
+
+# on_both SEED NAME CONFIG --key=value...: the same stage from both old models
+on_both() {
+    on "$@"
+    on_long "$@"
+}
+
 # from_step SHORT LONG SEED: from a checkpoint at a fifth of both runs, as Pythia's step 27,000 is
 from_step() {
     run from_step$1_warmup1_seed$3 config/rewarm_docs_code.py --seed=$3 --replay=0 \
@@ -23,11 +28,15 @@ from_step() {
         --init_from=out/long_pretrain_seed$3/ckpt_$(printf %08d $2).pt
 }
 
-pretrained
+all_seeds pretrained
+for s in $SEEDS $MORE; do
+    on $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
+    on $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
+    run union_docs_code_seed$s config/union_docs_code.py --seed=$s
+done
 for s in $SEEDS; do
     run long_pretrain_seed$s config/pretrain_docs.py --seed=$s --max_steps=4000 \
         --milestones='[280, 760]'
-    run union_docs_code_seed$s config/union_docs_code.py --seed=$s
     run long_union_docs_code_seed$s config/union_docs_code.py --seed=$s --max_steps=4500 \
         --train_data="{'docs': 8, 'code': 1}"
 done
@@ -35,8 +44,8 @@ wait
 for s in $SEEDS; do
     on_both $s docs_peak3e-3 config/rewarm_docs_docs.py
     on_both $s docs_constant config/rewarm_docs_docs.py $constant
-    on_both $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
-    on_both $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
+    on_long $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
+    on_long $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
     from_step 190 760 $s
     on_both $s reuse_general config/reuse_docs_examples.py --switches='[]'
     on_both $s reuse_qa_throughout config/reuse_docs_examples.py --switches='[]' --train_data="$qa"
@@ -45,9 +54,10 @@ for s in $SEEDS; do
 done
 wait
 
-short=$(each out/{docs_peak3e-3,docs_constant,rewarm_replay{0,50},union_docs_code} \
-    out/{from_step190_warmup1,reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}})
-long=$(each out/long_{docs_peak3e-3,docs_constant,rewarm_replay{0,50},union_docs_code} \
+short="$(each out/docs_{peak3e-3,constant})
+    $(all_seeds each out/{rewarm_replay{0,50},union_docs_code})
+    $(each out/{from_step190_warmup1,reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}})"
+long=$(each out/long_{docs_{peak3e-3,constant},rewarm_replay{0,50},union_docs_code} \
     out/long_{from_step760,reuse_{general,qa_throughout,qa_late,qa_late_rewarmed}})
 table table_short $short
 table table_long $long

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One domain after another, or all of them mixed? (Ibrahim et al. 2024, appendix A.1)
-# Three seeds; about 6 minutes on 2 CPU cores after first_curve.
+# Three seeds; about 7 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/domains
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Are earlier checkpoints easier to continue from? (Gupta et al. 2023, Figs. 7-9: steps 10,000,
 # 27,000 and 143,000 of Pythia; here steps 70, 190 and 1,000 of 1,000)
-# Three seeds; about 12 minutes on 2 CPU cores after warmup.
+# Three seeds; about 15 minutes on 2 CPU cores after warmup.
 . "$(dirname "$0")/../common.sh"
 here=results/earlier
 

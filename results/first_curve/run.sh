@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first forgetting curve and its baselines.
-# Three seeds; about 40 minutes on 2 CPU cores.
+# Three seeds, and five where re-warming and the constant rate tie; about 45 minutes on 2 CPU cores.
 . "$(dirname "$0")/../common.sh"
 here=results/first_curve
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Infinite schedules against the cosine: on one dataset from random weights (Ibrahim et al. 2024,
 # Fig. 9), on new data, and against the cosine repeated over three datasets (Fig. 10).
-# Three seeds; about 33 minutes on 2 CPU cores after replay.
+# Three seeds; about 39 minutes on 2 CPU cores after replay.
 . "$(dirname "$0")/../common.sh"
 here=results/infinite
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Interpolation between the old and the new model (WiSE-FT, Wortsman et al. 2022) against 1, 5 and
-# 25% replay: all are trained once. Three seeds; about 4 minutes on 2 CPU cores after replay.
+# 25% replay: all are trained once. Three seeds; about 3 minutes on 2 CPU cores after replay.
 . "$(dirname "$0")/../common.sh"
 here=results/interpolation
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Few valuable data, late or spread over the stage: under the usual decay to a hundredth, and with
 # averages of checkpoints in its place (CMA and CDMA, Luo et al. 2026, arXiv:2511.18903).
-# Three seeds; about 12 minutes on 2 CPU cores after reuse.
+# Three seeds; about 10 minutes on 2 CPU cores after reuse.
 . "$(dirname "$0")/../common.sh"
 here=results/late_average
 config=config/reuse_docs_examples.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How high to re-warm: to half, all or twice the peak of pre-training, or not at all, or train from
 # scratch? (Gupta et al. 2023, Figs. 2-4; Ibrahim et al. 2024, Fig. 4)
-# Three seeds; about 10 minutes on 2 CPU cores after replay.
+# Three seeds; about 11 minutes on 2 CPU cores after replay.
 . "$(dirname "$0")/../common.sh"
 here=results/peaks
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main line of an infinite schedule, released by averaging its checkpoints (WSM, Tian et al.
 # 2025) and by annealing (Ibrahim et al. 2024). An anneal costs 45 steps more, an average nothing.
-# Three seeds; about 6 minutes on 2 CPU cores after infinite.
+# Three seeds; about 3 minutes on 2 CPU cores after infinite.
 . "$(dirname "$0")/../common.sh"
 here=results/release_by_average
 

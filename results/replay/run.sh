@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How much to replay, under a weak and under a strong shift? (Ibrahim et al. 2024, Table 2 and
 # Figs. 4, 5 and 7) Three seeds, and five for the comparison with training on both corpora, where
-# three do not decide; about 45 minutes on 2 CPU cores after first_curve.
+# three do not decide; about 59 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/replay
 maths="--train_data={'maths': 1}"

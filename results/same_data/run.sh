@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Re-warming on the same data: how much of the loss comes from the learning rate alone?
 # (Gupta et al. 2023, Figs. 5 and 6; Ibrahim et al. 2024, Fig. 8)
-# Three seeds; about 8 minutes on 2 CPU cores after peaks.
+# Three seeds; about 9 minutes on 2 CPU cores after peaks.
 . "$(dirname "$0")/../common.sh"
 here=results/same_data
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How long to warm up: 0, 0.5, 1 or 2% of the stage?
 # (Gupta et al. 2023, Fig. 1; Ibrahim et al. 2024, Fig. 3)
-# Three seeds; about 9 minutes on 2 CPU cores after first_curve.
+# Three seeds; about 11 minutes on 2 CPU cores after first_curve.
 . "$(dirname "$0")/../common.sh"
 here=results/warmup
 
