@@ -56,10 +56,12 @@ def turns(conditions, labels, out):
     ax.set_yticks(range(len(sentences)), [textwrap.fill(s, 52) for s in sentences], fontsize=9)
     ax.invert_yaxis()                                           # the first claim on top
     eval.plain_axes(ax, grid='x')
-    ax.set_xlabel('<-  the other way round          nats per token          as the papers say  ->\n'
-                  'dot: mean of the differences; line: its 95% interval; across zero: not decided',
-                  fontsize=9)
-    ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncol=len(labels), frameon=False)
+    above = dict(y=1.01, fontsize=9, transform=ax.get_xaxis_transform())
+    ax.text(0, s='the other way round  \u2190  ', ha='right', **above)
+    ax.text(0, s='  \u2192  as the papers say', ha='left', **above)
+    ax.set_xlabel('difference in nats per token: the mean of the seeds and its 95% interval\n'
+                  '(across zero: not decided)', fontsize=9)
+    ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1.03), ncol=len(labels), frameon=False)
     eval.save_figure(fig, out)
 
 
