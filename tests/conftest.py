@@ -47,7 +47,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that pytest -n 2 does not end with one of them alone."""
-    long = ['test_gpu_bench', 'test_kernels', 'test_plan', 'test_sharded', 'test_lesson', 'test_walk']
+    long = ['test_gpu_bench', 'test_kernels', 'test_plan', 'test_sharded', 'test_lesson',
+            'test_walk']
     items.sort(key=lambda item: item.path.stem not in long)
 
 
