@@ -1,6 +1,7 @@
 # What every run.sh here begins with. Runs are written to out/, what they print to out/NAME.log, and
-# their command to out/NAME.done once they are finished. The questions share runs: a finished one is
-# skipped and an interrupted one is resumed, so a script can be stopped and started again at any time.
+# their command to out/NAME.done once they are finished. The questions share runs: a finished one
+# is skipped and an interrupted one is resumed, so a script can be stopped and started again at any
+# time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p out
@@ -13,9 +14,15 @@ all_seeds() {
     SEEDS="$SEEDS $MORE" "$@"
 }
 
+# finished NAME COMMAND...: whether the same command made out/NAME, and no config has changed since
+finished() {
+    [[ -e out/$1 && -e out/$1.done && $(< "out/$1.done") == "${*:2}" ]] &&
+        [[ -z $(find config -newer "out/$1.done") ]]
+}
+
 # background NAME COMMAND...: make out/NAME, two at a time
 background() {
-    [[ ! -e out/$1 || $(cat "out/$1.done" 2> /dev/null) != "${*:2}" ]] || return 0
+    if finished "$@"; then return; fi
     while (($(jobs -rp | wc -l) >= ${AT_ONCE:-2})); do sleep 0.2; done
     {
         if "${@:2}" > "out/$1.log" 2>&1; then
@@ -47,12 +54,17 @@ on() {
     run "$2_seed$1" "${@:3}" --init_from=out/pretrain_docs_seed$1 --seed=$1
 }
 
-# release KIND PART SEED: from the main line of an infinite schedule, the rate falls over the last 15%
-# of a part
+# checkpoint RUN STEP: the path of a checkpoint that a run keeps
+checkpoint() {
+    printf 'out/%s/ckpt_%08d.pt' $1 $2
+}
+
+# release KIND PART SEED: from the main line of an infinite schedule, the rate falls over the last
+# 15% of a part
 release() {
     local anneal=$((300 * $2 - 45)) main=splits_infinite_$1
     run ${main}_release$2_seed$3 config/infinite_docs.py --seed=$3 --schedule=infinite_$1 \
-        --branch_from=out/${main}_seed$3/ckpt_$(printf %08d $anneal).pt --anneal=$anneal \
+        --branch_from=$(checkpoint ${main}_seed$3 $anneal) --anneal=$anneal \
         --max_steps=$((300 * $2)) --train_data="{'docs_$2of3': 1}" --switches='[]' \
         --milestones='[]'
 }
@@ -66,8 +78,9 @@ each() {
 
 # merge NAME COMMAND MODEL...: merged weights into out/NAME, by projects/merge.py, in the background
 merge() {
-    [[ -e out/$1.done ]] || rm -rf "out/$1"             # which an interrupted one left
-    background "$1" python -m projects.merge "${@:2}" --out "out/$1"
+    local words=(python -m projects.merge "${@:2}" --out "out/$1")
+    finished "$1" "${words[@]}" || rm -rf "out/$1"    # merge.py does not write over a folder
+    background "$1" "${words[@]}"
 }
 
 # table NAME RUN...: NAME.md and NAME.json, with verdicts on the claims; table_x has claims_x.txt
@@ -79,3 +92,6 @@ table() {
 constant='--schedule=constant --learning_rate=3e-4 --warmup=0'      # the old run's final rate
 half='--learning_rate=1.5e-3 --min_lr=1.5e-4'
 double='--learning_rate=6e-3 --min_lr=6e-4'
+# the stage of Parmar et al.: its blend with QA data, and its decay after a re-warming
+qa="{'docs': 0.9, 'examples': 0.1}"
+rewarm='--learning_rate=3e-3 --min_lr=3e-5 --warmup=0.01'

@@ -52,6 +52,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in long)
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a program has drawn, once it has saved them."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    found = []
+    monkeypatch.setattr(plt, 'close', found.append)
+    return found
+
+
 @pytest.fixture(scope='session')
 def corpora(tmp_path_factory):
     """A data_dir with the sources 'old' (small letters) and 'new' (capitals)."""

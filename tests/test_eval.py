@@ -273,14 +273,8 @@ def test_the_table_of_a_real_run(config, monkeypatch):
 # Pictures
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(figures):
     """drawn(groups, ...) -> the figure that eval.plot writes to x.png."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
-
     def draw(folders, **options):
         eval.plot(eval.by_seed(folders), 'x.png', **options)
         assert Path('x.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'

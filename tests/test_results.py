@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import statistics
@@ -151,12 +152,7 @@ def test_an_overview_of_a_table_that_was_not_made_again(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------
 # Planes
 
-def test_a_plane_of_runs_with_two_parents(runs, monkeypatch):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
+def test_a_plane_of_runs_with_two_parents(runs, figures):
     replay = {'replay_data': {'old': 1.0}}
     for name, start, end, knobs in (
             ('r1', (1.0, 3.0), (1.25, 2.2), {'replay': 0.01, **replay}),
@@ -200,12 +196,7 @@ def test_a_plane_that_cannot_be_drawn(runs, argv, words):
         plane.main(argv.split())
 
 
-def test_dots_are_differences_seed_by_seed(runs, monkeypatch):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
+def test_dots_are_differences_seed_by_seed(runs, figures):
     argv = ['old', *runs, '--labels', 'first', 'second', 'third', '--out', 'x.png']
     panels = ['--panel', 'ends', 'a', 'b', 'c', '--panel', 'on the way', 'b@5', 'a', 'b@start']
     dots.main(argv + panels)
@@ -234,12 +225,7 @@ def test_dots_that_cannot_be_drawn(runs, panel, words):
         dots.main(argv)
 
 
-def test_turns_are_the_differences_of_claims(runs, monkeypatch):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
+def test_turns_are_the_differences_of_claims(runs, figures):
     short, long = 'It is so (Someone 2021, Fig. 1).', 'And (unlike some) that is so: ' + 50 * 'x '
     Path('p.txt').write_text(f'old: a < b | {short}\nold: a@start < c | {long}\n')
     Path('q.txt').write_text(f'old: b + 0.1 < a | {short} | up | yes\nold: c < b | {long}\n')
@@ -305,6 +291,7 @@ def commands(question, folder):
 
 def test_what_is_finished_is_skipped_and_a_failure_ends_the_script(tmp_path):
     (tmp_path / 'results/q').mkdir(parents=True)
+    (tmp_path / 'config').mkdir()
     shutil.copy(RESULTS / 'common.sh', tmp_path / 'results')
     python = tmp_path / 'python'
     python.write_text('#!/usr/bin/env bash\necho "${@: -1}" >> asked\n'
@@ -323,8 +310,11 @@ def test_what_is_finished_is_skipped_and_a_failure_ends_the_script(tmp_path):
         assert done.returncode == 0 and done.stdout.endswith('end\n') and asked == calls
     done, asked = script('--k=3')                               # by another command
     assert done.returncode == 0 and asked == 2
+    (tmp_path / 'config/x.py').write_text('')                   # changed since
+    os.utime(tmp_path / 'config/x.py', (2**31 - 1, 2**31 - 1))
+    assert script('--k=3')[1] == 3
     done, asked = script('--fail')
-    assert done.returncode != 0 and 'end' not in done.stdout and asked == 3
+    assert done.returncode != 0 and 'end' not in done.stdout and asked == 4
 
 
 def option(words, name):

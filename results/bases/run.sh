@@ -16,11 +16,10 @@ done
 wait
 # the models with a decay branch off the one without
 for s in $SEEDS; do
-    trunk=out/pretrain_wsd0_seed$s
     run pretrain_wsd10_seed$s config/pretrain_docs.py --seed=$s --schedule=wsd --decay=0.1 \
-        --branch_from=$trunk/ckpt_00000900.pt
+        --branch_from=$(checkpoint pretrain_wsd0_seed$s 900)
     run pretrain_wsd20_seed$s config/pretrain_docs.py --seed=$s --schedule=wsd --decay=0.2 \
-        --branch_from=$trunk/ckpt_00000800.pt
+        --branch_from=$(checkpoint pretrain_wsd0_seed$s 800)
 done
 wait
 for s in $SEEDS; do

@@ -2,12 +2,10 @@
 # What turns when the old model has learnt for longer? Four times as long, 4,000 steps (18 tokens a
 # parameter) in place of 1,000, and from there the stages whose claims did not hold for an old model
 # that was still learning: the same data again, replay against the union, earlier checkpoints,
-# valuable data late. Three seeds (five where replay has five); about 90 minutes on 2 CPU cores after
-# replay, same_data, earlier and reuse.
+# valuable data late. Three seeds (five where replay has five); about 90 minutes on 2 CPU cores
+# after replay, same_data, earlier and reuse.
 . "$(dirname "$0")/../common.sh"
 here=results/converged
-qa="{'docs': 0.9, 'examples': 0.1}"
-rewarm='--learning_rate=3e-3 --min_lr=3e-5 --warmup=0.01'
 
 # on_long SEED NAME CONFIG --key=value...: a stage from the old model of 4,000 steps
 on_long() {
@@ -18,14 +16,6 @@ on_long() {
 on_both() {
     on "$@"
     on_long "$@"
-}
-
-# from_step SHORT LONG SEED: from a checkpoint at a fifth of both runs, as Pythia's step 27,000 is
-from_step() {
-    run from_step$1_warmup1_seed$3 config/rewarm_docs_code.py --seed=$3 --replay=0 \
-        --init_from=out/pretrain_docs_seed$3/ckpt_$(printf %08d $1).pt
-    run long_from_step$2_seed$3 config/rewarm_docs_code.py --seed=$3 --replay=0 \
-        --init_from=out/long_pretrain_seed$3/ckpt_$(printf %08d $2).pt
 }
 
 all_seeds pretrained
@@ -46,7 +36,11 @@ for s in $SEEDS; do
     on_both $s docs_constant config/rewarm_docs_docs.py $constant
     on_long $s rewarm_replay0 config/rewarm_docs_code.py --replay=0
     on_long $s rewarm_replay50 config/rewarm_docs_code.py --replay=50/100
-    from_step 190 760 $s
+    # a fifth of pre-training, as Pythia's step 27,000 is
+    run from_step190_warmup1_seed$s config/rewarm_docs_code.py --seed=$s --replay=0 \
+        --init_from=$(checkpoint pretrain_docs_seed$s 190)
+    run long_from_step760_seed$s config/rewarm_docs_code.py --seed=$s --replay=0 \
+        --init_from=$(checkpoint long_pretrain_seed$s 760)
     on_both $s reuse_general config/reuse_docs_examples.py --switches='[]'
     on_both $s reuse_qa_throughout config/reuse_docs_examples.py --switches='[]' --train_data="$qa"
     on_both $s reuse_qa_late config/reuse_docs_examples.py

@@ -8,7 +8,7 @@ here=results/earlier
 pretrained
 for s in $SEEDS; do
     for step in 70 190; do
-        old=out/pretrain_docs_seed$s/ckpt_$(printf %08d $step).pt
+        old=$(checkpoint pretrain_docs_seed$s $step)
         run from_step${step}_warmup0_seed$s config/rewarm_docs_code.py --seed=$s --replay=0 \
             --warmup=0 --init_from=$old
         run from_step${step}_warmup1_seed$s config/rewarm_docs_code.py --seed=$s --replay=0 \

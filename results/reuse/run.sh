@@ -6,8 +6,6 @@
 . "$(dirname "$0")/../common.sh"
 here=results/reuse
 config=config/reuse_docs_examples.py
-rewarm='--learning_rate=3e-3 --min_lr=3e-5 --warmup=0.01'
-qa="{'docs': 0.9, 'examples': 0.1}"
 
 pretrained
 for s in $SEEDS; do
