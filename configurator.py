@@ -18,7 +18,7 @@ import math
 import operator
 import os
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 
 class UserError(Exception):
@@ -61,7 +61,9 @@ def evaluate(tree, names):
                 f'arithmetic needs numbers: {ast.unparse(tree)}')
         if isinstance(tree.op, ast.Pow):
             math.pow(*numbers)              # refuses 9**9**9, which would take forever in integers
-        return OPERATIONS[type(tree.op)](*numbers)
+        value = OPERATIONS[type(tree.op)](*numbers)
+        require(abs(value) < 1e300, f'{ast.unparse(tree)} is too large')
+        return value
 
     raise UserError(f'{ast.unparse(tree)} is not allowed. A config is read and never run: use '
                     'literals, arithmetic, and names assigned above.')
@@ -72,12 +74,16 @@ EXAMPLES = {bool: 'true', int: '100', float: '0.05', str: "'docs'", list: "['doc
 
 
 def typed(name, kind, value):
-    """The value in a type such as float, list[str] or dict[str, float].
+    """The value in a type such as float, list[str], dict[str, float] or Literal['a', 'b'].
 
     An int may stand for a float, and 1e3 for an int.
     """
     container, inside = get_origin(kind) or kind, get_args(kind)
     if container is object:
+        return value
+    if container is Literal:
+        require(value in inside, f'{name} = {value!r}: expected one of '
+                f'{", ".join(map(repr, inside))}.{did_you_mean(value, inside)}')
         return value
     if container is float and type(value) is int:
         return float(value)
@@ -93,6 +99,12 @@ def typed(name, kind, value):
     return value
 
 
+def did_you_mean(value, names):
+    """' Did you mean ...?' when a name is nearly right, else ''."""
+    near = difflib.get_close_matches(str(value), names, n=1)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
 # What parsing and evaluating a broken expression can raise.
 PARSE_ERRORS = (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
@@ -100,7 +112,7 @@ PARSE_ERRORS = (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionEr
 def parse_option(text, kind):
     """The value of --key=text. Anything unreadable stays text, which `typed` refuses."""
     text = text.strip()
-    if kind is str:
+    if kind is str or get_origin(kind) is Literal:
         return text[1:-1] if text[:1] + text[-1:] in ("''", '""') else text
     try:
         return evaluate(ast.parse(text, mode='eval').body, BOOLS)
@@ -146,6 +158,7 @@ def read_file(path, opened=()):
                 f'{where}: {name} is assigned twice in this file.')
         try:
             value = evaluate(statement.value, BOOLS | {n: v for n, (v, _) in found.items()})
+            require(is_small(value), 'there are more than 100,000 values.')
         except (UserError, *PARSE_ERRORS) as error:
             raise UserError(f'{where}: {error}')
         if name == 'base':
@@ -153,8 +166,18 @@ def read_file(path, opened=()):
             base = read_file(find_file(value, [path.parent, *search_path()]), (*opened, path))
             found = base | found
         else:
+            found.pop(name, None)           # so that the order is that of the assignments
             found[name] = value, where
     return found
+
+
+def is_small(value, most=100_000):
+    """Whether a value has at most so many items. Lists that name each other may have 2^24."""
+    waiting = [value]
+    while waiting and most > 0:
+        item, most = waiting.pop(), most - 1
+        waiting += item.values() if isinstance(item, dict) else item if type(item) is list else []
+    return not waiting
 
 
 def search_path():
@@ -167,6 +190,8 @@ def search_path():
 
 def load(Config, argv):
     """Config files and options -> (Config, {knob: 'default', 'file:line' or '--key'}).
+
+    What was assigned last comes last.
 
     argv is like ['config/x.py', '--key=value']; `--key value` works too, and `--key` alone means
     true. Unknown keys are listed together; otherwise the first problem is raised. Whether values
@@ -190,7 +215,7 @@ def load(Config, argv):
         elif not equals and not is_alone:
             text = words.pop(0)
         elif not equals:
-            example = EXAMPLES[get_origin(kind) or kind]
+            example = EXAMPLES.get(get_origin(kind) or kind, 'NAME')
             require(name not in knobs, f'--{name} needs a value: --{name}={example}')
         assigned.append((name, parse_option(text, kind), f'--{name}'))
 
@@ -199,7 +224,9 @@ def load(Config, argv):
     for name, value, where in assigned:
         if name in knobs:
             try:
-                values[name], origin[name] = typed(name, knobs[name].type, value), where
+                values[name] = typed(name, knobs[name].type, value)
+                del origin[name]
+                origin[name] = where
             except (UserError, *PARSE_ERRORS) as error:
                 raise UserError(f'{where}: {error}')
         elif where.startswith('--') or not name.startswith('_'):
@@ -220,8 +247,8 @@ def help_text(Config):
 def describe(cfg, origin):
     """The knobs that differ from their defaults, one a line, with where each was set."""
     lines = []
-    for name, where in origin.items():
-        if where != 'default':
-            assignment = f'{name} = {getattr(cfg, name)!r}'
-            lines.append(f'{assignment:<48}  # {where}')
+    for name, value in vars(cfg).items():
+        if origin[name] != 'default':
+            assignment = f'{name} = {value!r}'
+            lines.append(f'{assignment:<48}  # {origin[name]}')
     return '\n'.join(lines) or 'all knobs have their default values'

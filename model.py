@@ -1,36 +1,31 @@
 """GPT-NeoX (Black et al. 2022, arXiv:2204.06745), the model of Pythia (Biderman et al. 2023).
 
-The model comes first, in plain PyTorch, up to the banner "Faster on a CPU". Everything below that
-computes the same thing faster, or moves weights in and out of files. Skip it on a first reading.
+The model comes first, in plain PyTorch, up to the banner "Faster on an NVIDIA GPU". What follows
+there computes the same faster. Skip it on a first reading.
 
 Shapes:  B batch   T tokens of a sequence   C hidden_size   H heads   D = C / H head size
          R rotary dims   F intermediate_size (4 C)   V vocab_size   N = B T tokens of a batch
 """
+import fnmatch
 import functools
-import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, require
+from configurator import require
 
 try:
     import triton
     import triton.language as tl
     jit, constexpr = triton.jit, tl.constexpr
 except ImportError:
-    triton, jit, constexpr = None, lambda kernel: kernel, None      # why_not_triton() then says so
+    triton, jit, constexpr = None, lambda kernel: kernel, None      # then the plain model runs
 
 # ------------------------------------------------------------------------------
 # Configuration
@@ -152,19 +147,6 @@ def causal_attention(qkv, cos, sin):
     return y.transpose(1, 2).flatten(2)                                         # (B, T, C)
 
 
-def cached_attention(qkv, cos, sin, cache):
-    """The same when earlier tokens are in cache, a dict with k and v (B, H, S, D), which grows."""
-    q, k, v = qkv.permute(3, 0, 2, 1, 4)                                        # (B, H, T, D) each
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache:
-        k, v = torch.cat((cache['k'], k), dim=2), torch.cat((cache['v'], v), dim=2)
-    cache['k'], cache['v'] = k, v
-    T, S = q.shape[2], k.shape[2]
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return y.transpose(1, 2).flatten(2)                                         # (B, T, C)
-
-
 class Attention(nn.Module):
 
     def __init__(self, config):
@@ -173,15 +155,12 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.query_key_value = nn.Linear(C, 3 * C)      # rows: head 0's q, k, v, then head 1's, ...
         self.dense = nn.Linear(C, C)
-        self.attend = causal_attention                  # use_kernels() may put a faster one here
+        self.attend = causal_attention                  # or one that computes the same faster
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, self.num_heads, 3, -1)         # (B, T, H, 3, D)
-        if cache is None:
-            y = self.attend(qkv, cos, sin)                                      # (B, T, C)
-        else:
-            y = cached_attention(qkv, cos, sin, cache)
+        y = self.attend(qkv, cos, sin)                                          # (B, T, C)
         return self.dense(y)
 
 
@@ -207,8 +186,11 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        attended = self.attention(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, branches=None):
+        if branches is not None:
+            return triton_layer(self, x, branches, cos, sin)    # the lines below, faster on a GPU
+
+        attended = self.attention(self.input_layernorm(x), cos, sin)
         if self.use_parallel_residual:
             # GPT-NeoX and Pythia: attention and MLP both read the incoming x
             return x + attended + self.mlp(self.post_attention_layernorm(x))
@@ -221,6 +203,7 @@ class GPTNeoX(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.fast = False                               # whether Triton computes the loss
         self.checkpoint_activations = False             # less memory for a third more time
         self.gpt_neox = nn.ModuleDict(dict(
             embed_in=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -251,64 +234,40 @@ class GPTNeoX(nn.Module):
         else:
             nn.init.constant_(p, 0 if name.endswith('.bias') else 1)            # 1: LayerNorms
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean'):
+    def forward(self, idx, targets=None, reduction='mean', position=0):
         """Next-token logits or, when targets are given, the loss.
 
-        idx      (B, T) token ids, T at most the block size
-        targets  (B, T) the token that follows each
-        cache    from new_cache(), with the keys and values of the tokens before idx; it grows
-        returns  (logits (B, T, V), None) or (None, loss): nats per token, the mean over all tokens,
-                 or (B, T) for reduction='none'
+        idx       (B, T) token ids, T at most the block size
+        targets   (B, T) the token that follows each
+        position  of the first token: above 0 where attention knows the tokens before
+        returns   (logits (B, T, V), None) or (None, loss): nats per token, the mean over all
+                  tokens, or (B, T) for reduction='none'
         """
-        cos, sin = self.rotary(idx, cache)                                      # (T, R) each
+        end = position + idx.shape[1]
+        require(end <= self.config.max_position_embeddings, f'a sequence of {end} tokens is longer '
+                f'than the block size {self.config.max_position_embeddings}. Crop it.')
+        require(idx.numel() > 0, f'token ids of shape {tuple(idx.shape)} hold no token')
+        cos, sin = self.cos[position:end], self.sin[position:end]               # (T, R) each
         x = self.gpt_neox.embed_in(idx)                                         # (B, T, C)
-        for i, layer in enumerate(self.gpt_neox.layers):
-            x = self.run(layer, x, cos, sin, cache[i] if cache else None)
+
+        # the same loss, computed by kernels; they do not know gradients of single tokens
+        weighs_tokens = reduction == 'none' and torch.is_grad_enabled()
+        if self.fast and targets is not None and not weighs_tokens:
+            return None, triton_loss(self, x, cos, sin, targets, reduction)
+
+        for layer in self.gpt_neox.layers:
+            x = self.call_layer(layer, x, cos, sin)
         x = self.gpt_neox.final_layer_norm(x)
         logits = self.embed_out(x)                                              # (B, T, V)
         if targets is None:
             return logits, None
         return None, cross_entropy(logits, targets, reduction)
 
-    def run(self, layer, *args, **kwargs):
-        """Call a layer. With checkpoint_activations, the backward pass computes it once more."""
+    def call_layer(self, layer, *args):
+        """With checkpoint_activations, the backward pass computes the layer once more."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-        return layer(*args, **kwargs)
-
-    def rotary(self, idx, cache=None):
-        """cos and sin (T, R) at the positions of idx, which follow those in the cache."""
-        start = cache[0]['k'].shape[2] if cache and cache[0] else 0
-        end = start + idx.shape[1]
-        require(end <= self.config.max_position_embeddings, f'a sequence of {end} tokens is longer '
-                f'than the block size {self.config.max_position_embeddings}. Crop it.')
-        require(idx.numel() > 0, f'token ids of shape {tuple(idx.shape)} hold no token')
-        return self.cos[start:end], self.sin[start:end]
-
-    def new_cache(self):
-        """An empty key-value cache: a dict for every layer, later with k and v (B, H, S, D)."""
-        return [{} for _ in self.gpt_neox.layers]
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None):
-        """Continue idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
-
-        Sampling is described in sample_token. Keys and values are cached until the block is full.
-        After that each token is computed from the last `block size` tokens: without the oldest
-        token, all later ones change in every layer but the first, so no cached key stays right.
-        """
-        block_size, cache = self.config.max_position_embeddings, self.new_cache()
-        cached = 0                                      # tokens whose keys are in the cache
-        for _ in range(max_new_tokens):
-            if idx.shape[1] <= block_size:
-                logits, _ = self(idx[:, cached:], cache=cache)
-                cached = idx.shape[1]
-            else:
-                logits, _ = self(idx[:, -block_size:])
-            token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, token), dim=1)
-        return idx
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
     def num_params(self):
         """Number of parameters, both embeddings included."""
@@ -337,31 +296,6 @@ def cross_entropy(logits, targets, reduction='mean'):
     return loss.view_as(targets) if reduction == 'none' else loss
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token per row of logits (B, V) -> (B, 1).
-
-    temperature 0 takes the likeliest token. Otherwise top_k keeps the k likeliest, then top_p the
-    fewest whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751).
-    """
-    require(temperature == 0 or temperature > 1e-6, f'temperature {temperature} must be 0 or above '
-            '1e-6')
-    require(top_k is None or top_k >= 1, f'top_k {top_k} must be at least 1')
-    require(top_p is None or 0 < top_p <= 1, f'top_p {top_p} must be above 0 and at most 1')
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    logits, order = logits.sort(dim=-1, descending=True)                        # likeliest first
-    if top_k is not None:
-        logits[:, top_k:] = -math.inf
-    probs = logits.softmax(dim=-1)                                              # (B, V)
-    if top_p is not None:
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0        # those before it already reach p
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
-
-
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-
-
 def parameter_groups(model, weight_decay):
     """As in gpt-neox, matrices decay, embeddings included; biases and LayerNorms do not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -371,95 +305,24 @@ def parameter_groups(model, weight_decay):
     return [group for group in groups if group['params']]
 
 
-def configure_optimizer(groups, lr, betas, eps, device):
-    """AdamW over parameter groups."""
-    fused = torch.device(device).type in ('cpu', 'cuda')
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
-
-
-# ==============================================================================
-# Faster on a CPU
-#
-# PyTorch's attention has a slow backward pass on CPUs, since it recomputes the probabilities. This
-# one keeps them and skips the upper triangle: a training step of the demo is 1.4 times as fast.
-# ==============================================================================
-
-QUERY_BLOCK = 64
-
-
-def rotate_(x, cos, sin):
-    """Rotate x (..., R) in place. The arithmetic is that of rotate()."""
-    wide = x.to(cos.dtype)
-    a, b = wide.chunk(2, dim=-1)
-    x.copy_((wide * cos).addcmul_(torch.cat((-b, a), dim=-1), sin))
-
-
-class CpuAttention(torch.autograd.Function):
-    """causal_attention by batched matrix products over blocks of queries.
-
-    Queries s .. e see keys 0 .. e only, so nearly half of the products are skipped. With
-    S = q k^T / sqrt(D), P = softmax(S), y = P v, and gradients written as d_:
-    dv = P^T dy,  dP = dy v^T,  dS = P (dP - rowsum(P dP)),  dq = dS k / sqrt(D),
-    dk = dS^T q / sqrt(D). The gradient of a rotation is the rotation back: sin -> -sin.
-    The probabilities P are kept: H T^2 / 2 numbers a sequence. In bfloat16 the scores are rounded
-    before the softmax, which PyTorch's attention does not do.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin):
-        qkv = qkv.to(compute_dtype(qkv))            # float32 under autocast, if a norm made it so
-        B, T, H, _, D = qkv.shape
-        heads = qkv.permute(3, 0, 2, 1, 4).contiguous()                         # (3, B, H, T, D)
-        rotate_(heads[:2, ..., :cos.shape[-1]], cos, sin)
-        q, k, v = heads.flatten(1, 2)                                           # (B H, T, D) each
-        y, probabilities = torch.empty_like(q), []
-        future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -math.inf, dtype=q.dtype,
-                            device=q.device).triu(1)
-        for s in range(0, T, QUERY_BLOCK):
-            e = min(s + QUERY_BLOCK, T)
-            scores = torch.bmm(q[:, s:e], k[:, :e].mT).mul_(D**-0.5)            # (B H, e - s, e)
-            scores[:, :, s:] += future[:e - s, :e - s]
-            P = torch.softmax(scores, dim=-1, out=scores)       # in place: new memory costs time
-            y[:, s:e] = torch.bmm(P, v[:, :e])
-            probabilities.append(P)
-        ctx.save_for_backward(heads, cos, sin, *probabilities)
-        return y.view(B, H, T, D).transpose(1, 2).flatten(2)                    # (B, T, C)
-
-    @staticmethod
-    def backward(ctx, dy):
-        heads, cos, sin, *probabilities = ctx.saved_tensors
-        _, B, H, T, D = heads.shape
-        q, k, v = heads.flatten(1, 2)
-        dheads = torch.zeros_like(heads)
-        dq, dk, dv = dheads.flatten(1, 2)
-        dy = dy.view(B, T, H, D).transpose(1, 2).flatten(0, 1)                  # (B H, T, D)
-        for s, P in zip(range(0, T, QUERY_BLOCK), probabilities):
-            e = s + P.shape[1]
-            dP = torch.bmm(dy[:, s:e], v[:, :e].mT)
-            # dS, with the formula above, in the memory of dP
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype, grad_input=dP).mul_(D**-0.5)
-            dq[:, s:e] = torch.bmm(dS, k[:, :e])
-            dk[:, :e] += torch.bmm(dS.mT, q[:, s:e])
-            dv[:, :e] += torch.bmm(P.mT, dy[:, s:e])
-        dqkv = dheads.permute(1, 3, 2, 0, 4).contiguous()                       # (B, T, H, 3, D)
-        rotate_(dqkv[..., :2, :cos.shape[-1]], cos[:, None, None], -sin[:, None, None])
-        return dqkv, None, None
-
-
-def cpu_attention(qkv, cos, sin):
-    """The faster of the two: CpuAttention up to 1,024 tokens, whose memory grows with T^2."""
-    if qkv.shape[1] > 1024:
-        return causal_attention(qkv, cos, sin)
-    return CpuAttention.apply(qkv, cos, sin)
+def freeze(model, patterns):
+    """The parameters whose names match get no gradient, no decay and no moments."""
+    for pattern in patterns:
+        found = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        require(found, f'freeze: {pattern!r} matches no parameter. They have names such as '
+                'gpt_neox.layers.0.mlp.dense_h_to_4h.weight.')
+        for p in found:
+            p.requires_grad_(False)
+    require(any(p.requires_grad for p in model.parameters()), 'freeze leaves nothing to train.')
 
 
 # ==============================================================================
 # Faster on an NVIDIA GPU: Triton
 #
 # Three operations, each with its formula: AddNorm (residual sums and LayerNorms), FlashAttention
-# (rotary and attention) and HeadLoss (output matrix and cross entropy). TritonLayer and
-# TritonGPTNeoX then compute the forward pass once more with them. All gradients repeat bit for bit:
-# no kernel adds atomically.
+# (rotary and attention) and HeadLoss (output matrix and cross entropy). triton_loss and
+# triton_layer then compute the forward pass once more with them. All gradients repeat bit for bit:
+# no kernel adds atomically. Before a run starts, support/fast_path.py compares both paths.
 # ==============================================================================
 
 def compute_dtype(x):
@@ -662,11 +525,10 @@ class FlashAttention(torch.autograd.Function):
     exist only as tiles in registers. Along a row, its maximum m and its sum l of exp(S - m) are
     updated tile by tile (Milakov & Gimelshein 2018, arXiv:1805.02867), and what is summed already
     shrinks by exp(m_old - m_new). Kept for the backward pass: L = m + log l, so that
-    P = exp(S - L) is one step. There, with delta = rowsum(dO o O), dS = P o (dP - delta): the
-    formula of CpuAttention, since rowsum(dO o O) = rowsum(P o dP). One kernel goes along the rows
-    for dq, another along the columns for dk and dv. Each tile is computed twice, but no two
-    programs add to one place. Exponentials are base 2, the one that GPUs have; log2(e) is in the
-    scale.
+    P = exp(S - L) is one step. There, with delta = rowsum(dO o O) = rowsum(P o dP), the gradient
+    of the scores is dS = P o (dP - delta). One kernel goes along the rows for dq, another along the
+    columns for dk and dv. Each tile is computed twice, but no two programs add to one place.
+    Exponentials are base 2, the one that GPUs have; log2(e) is in the scale.
 
     The projection is rotated in place: nothing else keeps it, since a linear layer does not need
     its output again. Where an edit of Attention.forward keeps it, autograd raises an error.
@@ -987,318 +849,26 @@ def cross_entropy_kernel(Logits, Targets, Losses, V: constexpr, BLOCK: constexpr
 # ------------------------------------------------------------------------------
 # The forward pass with these operations
 
-class TritonLayer(Layer):
-    """Layer, but the residual sum is left to the AddNorm that reads it next: x and branches."""
-
-    def forward(self, x, cos, sin, cache=None, branches=None):
-        if branches is None:                        # generation takes the plain path
-            return super().forward(x, cos, sin, cache)
-        if self.use_parallel_residual:
-            x, a, m = add_norm(x, branches, self.input_layernorm, self.post_attention_layernorm)
-            return x, (self.attention(a, cos, sin), self.mlp(m))
-        x, a = add_norm(x, branches, self.input_layernorm)
-        x, m = add_norm(x, (self.attention(a, cos, sin),), self.post_attention_layernorm)
-        return x, (self.mlp(m),)
+def triton_loss(model, x, cos, sin, targets, reduction):
+    """What GPTNeoX.forward computes from the embedded tokens x on: the loss."""
+    branches = ()
+    for layer in model.gpt_neox.layers:
+        x, branches = model.call_layer(layer, x, cos, sin, branches)
+    _, x = add_norm(x, branches, model.gpt_neox.final_layer_norm)
+    x = x.to(compute_dtype(x)).flatten(0, 1)                                    # (N, C)
+    loss = HeadLoss.apply(x, model.embed_out.weight, targets.flatten(), torch.is_grad_enabled(),
+                          reduction)
+    return loss.view_as(targets) if reduction == 'none' else loss
 
 
-class TritonGPTNeoX(GPTNeoX):
-    """GPTNeoX, but its loss is computed with the kernels."""
+def triton_layer(layer, x, branches, cos, sin):
+    """Layer.forward, but the residual sum is left to the AddNorm that reads it next.
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean'):
-        # HeadLoss takes gradients before it knows how tokens are weighted
-        weighted_later = reduction == 'none' and torch.is_grad_enabled()
-        if targets is None or weighted_later:
-            return super().forward(idx, targets, cache, reduction)
-        cos, sin = self.rotary(idx)
-        x, branches = self.gpt_neox.embed_in(idx), ()
-        for layer in self.gpt_neox.layers:
-            x, branches = self.run(layer, x, cos, sin, branches=branches)
-        _, x = add_norm(x, branches, self.gpt_neox.final_layer_norm)
-        x = x.to(compute_dtype(x)).flatten(0, 1)                                # (N, C)
-        loss = HeadLoss.apply(x, self.embed_out.weight, targets.flatten(), torch.is_grad_enabled(),
-                              reduction)
-        return None, loss.view_as(targets) if reduction == 'none' else loss
-
-
-def cudnn_attention(qkv, cos, sin):
-    """causal_attention by cuDNN, where possible. Its gradients vary in their last bits."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(order, set_priority=True):
-        return causal_attention(qkv, cos, sin)
-
-
-# ------------------------------------------------------------------------------
-# Which path to take, and whether it is right
-
-def why_not_triton(config, device, dtype):
-    """Why the kernels cannot run, or '' when they can."""
-    if triton is None:
-        return 'Triton is not installed'
-    interpreted = triton.knobs.runtime.interpret        # TRITON_INTERPRET=1: tests, on a CPU
-    if device != 'cuda' and not interpreted:
-        return f'they need an NVIDIA GPU, and this is {device}'
-    if device == 'cuda' and torch.version.hip:
-        return 'they need an NVIDIA GPU'
-    if device == 'cuda' and torch.cuda.get_device_capability() < (8, 0):
-        return 'this GPU is older than Ampere (compute capability 8.0)'
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'they do not compute in {dtype}'
-    if config.hidden_size > 8192 or config.head_size > 256:
-        return 'the model is wider than they support (8192, heads of 256)'
-    return ''
-
-
-def use_kernels(model, wanted='auto', device='cpu', dtype=torch.float32, deterministic=True):
-    """Let the model compute by the fastest path -> a sentence that says which, and why.
-
-    wanted: 'torch' is the plain path everywhere, 'triton' the kernels, 'auto' the fastest for the
-    device and the type of the products. Weights and their names stay as they are.
+    So x and its branches, 0 to 2 tensors that are still to be added to it, come in and go out.
     """
-    attend, use_triton = causal_attention, False
-    if wanted == 'torch':
-        sentence = 'plain PyTorch, as kernels = torch asks'
-    elif wanted == 'auto' and device == 'cpu':
-        attend, sentence = cpu_attention, 'PyTorch, with a faster attention for CPUs'
-    elif wanted == 'auto' and device != 'cuda':
-        sentence = 'plain PyTorch'
-    elif why_not_triton(model.config, device, dtype):
-        sentence = f'plain PyTorch, not Triton: {why_not_triton(model.config, device, dtype)}'
-    else:
-        attend, use_triton, sentence = FlashAttention.apply, True, 'Triton'
-
-    # attention that PyTorch does better: no matrix unit multiplies float32 in full precision, and
-    # on Hopper (compute capability 9) cuDNN is faster for large heads, but not deterministic
-    if use_triton and wanted == 'auto':
-        on_hopper = device == 'cuda' and torch.cuda.get_device_capability()[0] == 9
-        if dtype == torch.float32:
-            attend, sentence = causal_attention, 'Triton; attention by PyTorch, faster in float32'
-        elif on_hopper and model.config.head_size > 64 and not deterministic:
-            attend, sentence = cudnn_attention, 'Triton; attention by cuDNN (deterministic = False)'
-
-    swap = {TritonGPTNeoX: GPTNeoX, TritonLayer: Layer}
-    if use_triton:
-        swap = {GPTNeoX: TritonGPTNeoX, Layer: TritonLayer}
-    for module in model.modules():
-        module.__class__ = swap.get(type(module), type(module))     # a subclass keeps its forward
-        if isinstance(module, Attention):
-            module.attend = attend
-    return sentence
-
-
-def check_fast_path(model, idx, targets, wanted, device, dtype, deterministic=True):
-    """Raise unless the fast path gives the loss and gradients of the plain path at the top.
-
-    idx and targets are a few rows (B, T) of training data, T the whole block size: an edit may act
-    on late positions alone. Gradients of the model are cleared.
-    """
-    def choose(kernels):
-        use_kernels(model, kernels, device, dtype, deterministic)
-
-    if wanted == 'torch':
-        return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')       # no TF32, which rounds to 10 bits
-    try:
-        # In float32, rounding changes the loss of ordinary models by 3e-7 of it, and gradients by
-        # 1e-7 to 3e-4. A branch that is 5% too large changes gradients by 8e-3 or more, and 1e-4 of
-        # z-loss changes the loss by 1e-4 of it. The bounds lie between.
-        loss, gradient = path_difference(model, idx, targets, choose, wanted, torch.float32)
-        require(not (loss > 1e-5 or gradient > 2e-3), f'{NOT_FOLLOWED} The loss differs by '
-                f'{loss:.0e} of it, gradients differ by {gradient:.0e}.')
-
-        # Triton compiles other code for another type. There the plain path tells what rounding is.
-        if isinstance(model, TritonGPTNeoX) and dtype != torch.float32:
-            _, rounding = path_difference(model, idx, targets, choose, 'torch', dtype)
-            _, gradient = path_difference(model, idx, targets, choose, wanted, dtype)
-            require(not gradient > 3 * rounding + 1e-2, f'{NOT_FOLLOWED} Gradients in {dtype} '
-                    f'differ by {gradient:.0e}, where rounding makes {rounding:.0e}.')
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        model.zero_grad(set_to_none=True)
-        choose(wanted)
-
-
-NOT_FOLLOWED = ('the fast path does not compute what the model in model.py says: it does not '
-                'follow an edit. Train with --kernels=torch, which runs exactly what is written, '
-                'or change the fast path too (TritonLayer, TritonGPTNeoX, CpuAttention).')
-
-
-def path_difference(model, idx, targets, choose, kernels, dtype):
-    """How far a path in dtype is from the plain path in float32: (loss, gradient), both relative.
-
-    choose(kernels) sets the path. UserError when the plain path works and the other one fails.
-    """
-    def backward(dtype, sign):
-        torch.manual_seed(0)                            # the same dropout, if an edit adds some
-        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(idx, targets)[1]
-        (sign * loss).backward()
-        return loss.item()
-
-    def gradient_norm():
-        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-        return torch.stack(norms).norm().item()
-
-    model.zero_grad(set_to_none=True)
-    choose('torch')
-    exact_loss, exact_norm = backward(torch.float32, sign=-1), gradient_norm()
-    # gradients add up, so that what stays after the second pass is the difference
-    choose(kernels)
-    try:
-        loss = backward(dtype, sign=1)
-    except Exception as error:
-        require(kernels == 'torch', f'{NOT_FOLLOWED} It fails: {error}')
-        raise                                           # an error in the plain path is its own
-    return abs(loss - exact_loss) / exact_loss, gradient_norm() / exact_norm
-
-
-# ==============================================================================
-# Weight files: Hugging Face directories of a GPTNeoXForCausalLM
-# ==============================================================================
-
-# Fields of GPTNeoXConfig that config.json has under the same name.
-SAME_FIELDS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads',
-               'intermediate_size', 'max_position_embeddings', 'layer_norm_eps', 'hidden_act',
-               'use_parallel_residual')
-# What old files contain beside parameters: the causal mask, its fill value, rotary frequencies.
-LEGACY_BUFFERS = ('.attention.bias', '.attention.masked_bias', '.attention.rotary_emb.inv_freq')
-
-
-def load_hf(path):
-    """Read a Hugging Face directory -> GPTNeoX with float32 parameters, on the CPU.
-
-    Always float32: an update of 1e-4 of a weight would be rounded away in bfloat16 or float16. No
-    code in the directory runs. UserError for what is missing, damaged or of another architecture.
-    """
-    path = Path(path)
-    config = read_hf_config(path / 'config.json')
-    with torch.device('meta'):                          # shapes alone: no memory, no random numbers
-        model = GPTNeoX(config)
-    tensors = {name: tensor.float() for name, tensor in read_hf_tensors(path)}
-    load_weights(model, tensors, path)
-    model.cos, model.sin = rotary_tables(config)
-    return model
-
-
-def load_weights(model, tensors, where):
-    """Put tensors {name: tensor} into a model. UserError where names or shapes differ."""
-    require('embed_out.weight' in tensors, f'{where}: the output matrix embed_out.weight is '
-            'missing. Save the whole GPTNeoXForCausalLM, not the GPTNeoXModel inside it.')
-    try:
-        model.load_state_dict(tensors, assign=model.embed_out.weight.is_meta)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f'{where}: the weights do not fit the model. {error}')
-    require(all(p.is_meta or p.isfinite().all() for p in model.parameters()),
-            f'{where}: the weights contain NaN or infinity.')
-
-
-def read_json(file):
-    try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{file}: cannot be read as JSON ({error}).')
-    require(isinstance(content, dict), f'{file}: found {type(content).__name__}, not an object.')
-    return content
-
-
-def read_hf_config(file):
-    """config.json -> GPTNeoXConfig. Reads the rotary fields of transformers 4 and 5."""
-    raw = read_json(file)
-    missing = [name for name in SAME_FIELDS[:6] if name not in raw]
-    require(not missing, f'{file}: {", ".join(missing)} is missing.')
-    rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
-    require(isinstance(rope, dict), f'{file}: the rotary parameters are {rope!r}.')
-    supported = {'model_type': (raw.get('model_type'), 'gpt_neox'),
-                 'rope_type': (rope.get('rope_type', rope.get('type', 'default')), 'default'),
-                 'tie_word_embeddings': (raw.get('tie_word_embeddings', False), False),
-                 'attention_bias': (raw.get('attention_bias', True), True)}
-    for name, (value, expected) in supported.items():
-        require(value == expected, f'{file}: {name} is {value!r}. Only {expected!r} is supported.')
-    for name in ('hidden_dropout', 'attention_dropout'):
-        if raw.get(name):
-            print(f'{file}: {name} = {raw[name]} is ignored. This model has no dropout.')
-
-    fields = {name: raw[name] for name in SAME_FIELDS if name in raw}
-    fields['rotary_pct'] = rope.get('partial_rotary_factor', raw.get('rotary_pct', 0.25))
-    fields['rotary_emb_base'] = rope.get('rope_theta', raw.get('rotary_emb_base', 10000))
-    try:
-        return GPTNeoXConfig(**fields)
-    except (UserError, TypeError) as error:
-        raise UserError(f'{file}: {error}')
-
-
-def read_hf_tensors(path):
-    """Yield (name, tensor) of a model directory, whole or in shards, .safetensors or .bin."""
-    for name in ('model.safetensors', 'pytorch_model.bin'):
-        index = path / f'{name}.index.json'
-        if (path / name).exists():
-            files = [name]
-        elif index.exists():
-            weight_map = read_json(index).get('weight_map')
-            require(isinstance(weight_map, dict), f'{index}: there is no weight_map.')
-            files = sorted(set(map(str, weight_map.values())))
-        else:
-            continue
-        for file in files:
-            require(file == os.path.basename(file), f'{index}: {file!r} is not in this directory.')
-            require((path / file).exists(), f'{index}: {file} is missing. Download it too.')
-            yield from read_tensor_file(path / file)
-        return
-    raise UserError(f'{path}: there is no model.safetensors or pytorch_model.bin.')
-
-
-def read_tensor_file(file):
-    """Yield (name, tensor) of one file. Pickles are read with weights_only, so no code runs."""
-    try:
-        if file.suffix == '.safetensors':
-            tensors = safetensors.torch.load_file(file)
-        else:
-            tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as error:                          # three libraries have many kinds of them
-        # without torch's own text, which explains how to load what it refuses
-        reason = error if isinstance(error, OSError) else type(error).__name__
-        raise UserError(f'{file}: damaged, truncated, or not only tensors ({reason}). '
-                        'Download it again.')
-    require(isinstance(tensors, dict), f'{file}: found {type(tensors).__name__}, not tensors.')
-    for name, tensor in tensors.items():
-        name = 'embed_out.weight' if name == 'lm_head.weight' else str(name)    # transformers 5
-        if name.endswith(LEGACY_BUFFERS):
-            continue
-        is_plain = torch.is_tensor(tensor) and tensor.layout == torch.strided and tensor.is_cpu
-        require(is_plain and tensor.is_floating_point(), f'{file}: {name} is not a tensor of '
-                'floating-point numbers. Quantized models cannot be trained.')
-        yield name, tensor
-
-
-def save_hf(model, path, eot=0, files=None):
-    """Write config.json and model.safetensors into a new or empty directory (transformers 4 and 5).
-
-    eot: id of end-of-text. files: {name: bytes} of a tokenizer. All or nothing: a directory beside
-    it is filled, then renamed.
-    """
-    path = Path(path)
-    require(not path.exists() or (path.is_dir() and not any(path.iterdir())),
-            f'{path} already exists and is not empty. Choose another directory.')
-    config = {name: getattr(model.config, name) for name in SAME_FIELDS}
-    config |= {'architectures': ['GPTNeoXForCausalLM'], 'model_type': 'gpt_neox',
-               # the names of transformers 4, which transformers 5 reads too
-               'rotary_pct': model.config.rotary_pct,
-               'rotary_emb_base': model.config.rotary_emb_base,
-               'tie_word_embeddings': False, 'bos_token_id': eot, 'eos_token_id': eot,
-               'torch_dtype': str(model.embed_out.weight.dtype).removeprefix('torch.')}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-
-    partial = path.with_name(f'{path.name}.rewarm-partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        safetensors.torch.save_file(tensors, partial / 'model.safetensors', {'format': 'pt'})
-        (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-        for name, content in (files or {}).items():
-            (partial / name).write_bytes(content)
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if layer.use_parallel_residual:
+        x, a, m = add_norm(x, branches, layer.input_layernorm, layer.post_attention_layernorm)
+        return x, (layer.attention(a, cos, sin), layer.mlp(m))
+    x, a = add_norm(x, branches, layer.input_layernorm)
+    x, m = add_norm(x, (layer.attention(a, cos, sin),), layer.post_attention_layernorm)
+    return x, (layer.mlp(m),)

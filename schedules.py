@@ -10,7 +10,6 @@ Sources: Gupta et al. 2023, arXiv:2308.04014; Ibrahim et al. 2024, arXiv:2403.08
 (MiniCPM), arXiv:2404.06395; Parmar et al. 2024, arXiv:2407.07263.
 """
 import argparse
-import difflib
 import inspect
 import math
 import sys
@@ -19,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, load, require
+from configurator import UserError, did_you_mean, load, require
 
 # length in steps; curve(u in (0, 1]) -> learning rate, also for arrays u
 Phase = namedtuple('Phase', 'name length curve')
 
 
 # To add a schedule, write a function that returns its phases and name it in SCHEDULES below. Its
-# arguments are knobs of the config, except for steps (max_steps) and peak (learning_rate). A new
-# knob is a new field of Config in train.py.
+# arguments are knobs of the config, where their defaults stand, except for steps (max_steps) and
+# peak (learning_rate). A new knob is a new field of Config in train.py.
 
 def in_steps(length, steps):
     """A length in steps (1, 2, ...), or as a fraction of the run (0 < x < 1) -> whole steps."""
@@ -42,13 +41,13 @@ def ramp(peak, W):
     return Phase('warmup', W, lambda u: peak * u)
 
 
-def constant(steps, peak, warmup=0):
-    """eta = peak after warmup. Without one: the `no re-warming` baseline of Ibrahim et al."""
+def constant(steps, peak, warmup):
+    """eta = peak after warmup. With warmup = 0: the `no re-warming` baseline of Ibrahim et al."""
     W = in_steps(warmup, steps)
     return [ramp(peak, W), Phase('constant', steps - W, lambda u: peak)]
 
 
-def cosine(steps, peak, min_lr, warmup=0):
+def cosine(steps, peak, min_lr, warmup):
     """eta = min_lr + (peak - min_lr)/2 (1 + cos(pi (t - W)/(T - W)))  (Ibrahim et al., eq. 2).
 
     Parmar et al.: peak = the final rate of the old run, min_lr = peak/100, warmup = 0.
@@ -61,15 +60,17 @@ def half_cosine(start, end, u):
     return end + (start - end) / 2 * (1 + np.cos(np.pi * u))
 
 
-def cosine_clamped(steps, peak, min_lr, warmup=0):
+def cosine_clamped(steps, peak, min_lr, warmup):
     """eta = max(min_lr, peak/2 (1 + cos(pi (t - W)/T)))   (GPT-NeoX v1: Pythia and Gupta et al.).
 
     The cosine aims at 0, not at min_lr, and is cut off there. With min_lr = peak/10 it arrives at
     (t - W)/T = arccos(-0.8)/pi = 0.7952 and stays: Pythia spent its last 58B tokens at min_lr.
     """
+    # D: the steps from the peak to min_lr. peak/2 (1 + cos(pi D/T)) = min_lr, solved for D
     W = in_steps(warmup, steps)
-    arrival = np.arccos(np.clip(2 * min_lr / peak - 1, -1, 1)) / np.pi          # in units of T
-    D = min(max(1, math.ceil(arrival * steps)), steps - W)
+    arrival = np.arccos(np.clip(2 * min_lr / peak - 1, -1, 1)) / np.pi          # D / T
+    D = max(1, math.ceil(arrival * steps))
+    D = min(D, steps - W)                               # a run may end before it arrives
 
     def decay(u):
         return np.maximum(min_lr, peak / 2 * (1 + np.cos(np.pi * u * D / steps)))
@@ -80,7 +81,7 @@ def cosine_clamped(steps, peak, min_lr, warmup=0):
     return phases
 
 
-def linear(steps, peak, min_lr, warmup=0):
+def linear(steps, peak, min_lr, warmup):
     """eta = peak + (min_lr - peak) (t - W)/(T - W). GPT-NeoX aims at 0 and clips at min_lr."""
     W = in_steps(warmup, steps)
     return [ramp(peak, W), Phase('decay', steps - W, lambda u: peak + (min_lr - peak) * u)]
@@ -99,7 +100,7 @@ DECAYS = {
 }
 
 
-def wsd(steps, peak, min_lr, warmup=0, decay=0.1, decay_shape='linear'):
+def wsd(steps, peak, min_lr, warmup, decay, decay_shape):
     """Warmup-stable-decay (Hu et al.): eta = min_lr + (peak - min_lr) f(u) over the last `decay`.
 
     decay_shape: f of DECAYS, or 'exponential' for eta = peak (min_lr/peak)^u. The stable part fixes
@@ -118,6 +119,7 @@ def wsd(steps, peak, min_lr, warmup=0, decay=0.1, decay_shape='linear'):
             Phase('decay', D, fall)]
 
 
+# What both infinite schedules share; they differ in `cool`.
 def infinite(cool, steps, peak, min_lr, constant_lr, warmup, cooldown, anneal):
     """Warmup, cooldown by the curve `cool`, constant, anneal (Ibrahim et al., section 7).
 
@@ -133,15 +135,14 @@ def infinite(cool, steps, peak, min_lr, constant_lr, warmup, cooldown, anneal):
     return phases
 
 
-def infinite_cosine(steps, peak, min_lr, constant_lr, warmup=0.01, cooldown=0.6, anneal=0.85):
+def infinite_cosine(steps, peak, min_lr, constant_lr, warmup, cooldown, anneal):
     """Cosine-Inf: eta = constant_lr + (peak - constant_lr)/2 (1 + cos(pi u)) in the cooldown."""
     def cool(u):
         return half_cosine(peak, constant_lr, u)
     return infinite(cool, steps, peak, min_lr, constant_lr, warmup, cooldown, anneal)
 
 
-def infinite_inv_sqrt(steps, peak, min_lr, constant_lr, warmup=0.01, cooldown=0.6, anneal=0.85,
-                      timescale=10.0):
+def infinite_inv_sqrt(steps, peak, min_lr, constant_lr, warmup, cooldown, anneal, timescale):
     """InvSqrt-Inf: in the cooldown eta = peak + (constant_lr - peak) h(u)/h(1).
 
     h(u) = 1/sqrt(1 + timescale u) - 1.
@@ -154,7 +155,7 @@ def infinite_inv_sqrt(steps, peak, min_lr, constant_lr, warmup=0.01, cooldown=0.
     return infinite(cool, steps, peak, min_lr, constant_lr, warmup, cooldown, anneal)
 
 
-def repeated_cosine(steps, peak, min_lr, warmup=0.01, repeats=3):
+def repeated_cosine(steps, peak, min_lr, warmup, repeats):
     """The cosine once for each of `repeats` datasets of equal length, re-warmed from min_lr.
 
     The baseline of the infinite schedules (Ibrahim et al., Fig. 10). warmup is of one dataset.
@@ -187,17 +188,33 @@ class Schedule:
     """
 
     def __init__(self, phases):
-        self.rates, self.phases, start = np.empty(0), [], 0
+        self.phases, rates_of_phases, start = [], [], 0
         for name, length, curve in phases:
             if length > 0:
                 rates = np.broadcast_to(curve(np.arange(1, length + 1) / length), length)
                 self.phases.append(PhaseRun(name, start, start + length, float(rates[0]),
                                             float(rates[-1])))
-                self.rates = np.concatenate((self.rates, rates))
+                rates_of_phases.append(rates)
                 start += length
+        self.rates = np.concatenate(rates_of_phases)
 
     def __call__(self, step):
         return float(self.rates[min(step, len(self.rates) - 1)])
+
+    def first_below(self, fraction):
+        """The first step after the peak whose rate is at most a fraction of the peak, or None.
+
+        Parmar et al. switch the data mixture at a fifth. A warmup passes that rate too, but before.
+        """
+        top = int(self.rates.argmax())
+        highest = self.rates[top] * (1 + 1e-9)          # rounding is no reason to wait a step
+        below = np.flatnonzero(self.rates[top + 1:] <= fraction * highest)
+        return top + 1 + int(below[0]) if len(below) else None
+
+
+def of(cfg):
+    """The schedule of a config: lr(step) -> learning rate."""
+    return build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate, **vars(cfg))
 
 
 def build(name, **knobs):
@@ -206,26 +223,31 @@ def build(name, **knobs):
     knobs: steps (T), peak, and min_lr, warmup, decay, ... as the schedule takes them. Others are
     left aside, so that a whole config may be given.
     """
-    near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
-    require(name in SCHEDULES, f'there is no schedule {name!r}. Did you mean {near!r}? There are '
-            f'{", ".join(SCHEDULES)}.')
-    knobs = {k: knobs[k] for k in inspect.signature(SCHEDULES[name]).parameters if k in knobs}
-    steps, peak, min_lr = knobs['steps'], knobs['peak'], knobs.get('min_lr', knobs['peak'])
-    constant_lr = knobs.get('constant_lr', peak)
+    require(name in SCHEDULES, f'there is no schedule {name!r}.{did_you_mean(name, SCHEDULES)} '
+            f'There are {", ".join(SCHEDULES)}.')
+    knobs = {knob: value for knob, value in knobs.items() if knob in knobs_of(name)}
+    steps, peak = knobs['steps'], knobs['peak']
     require(1 <= steps <= 10**8, f'max_steps must be 1 to 100,000,000, not {steps}')
     require(0 < peak < math.inf, f'learning_rate must be above 0, not {peak:g}')
+    # a schedule that does not take one of these rates ends at its peak, or stays there
+    min_lr, constant_lr = knobs.get('min_lr', peak), knobs.get('constant_lr', peak)
     require(0 <= min_lr <= constant_lr <= peak, f'schedule {name!r}: rates must rise from min_lr '
             f'{min_lr:g} over constant_lr {constant_lr:g} to learning_rate {peak:g}')
     require(all(abs(knobs.get(k, 0)) <= 10**8 for k in ('warmup', 'decay', 'cooldown', 'anneal')),
             f'schedule {name!r}: a length is above 100,000,000 steps')
-    require(1 <= knobs.get('repeats', 1) <= steps, f'repeats must be 1 to max_steps = {steps}, not '
-            f'{knobs.get("repeats")}')
+    require(1 <= knobs.get('repeats', 1) <= min(steps, 1000), f'repeats must be 1 to 1,000 and at '
+            f'most max_steps = {steps}, not {knobs.get("repeats")}')
 
     phases = SCHEDULES[name](**knobs)
     check_lengths(name, phases, steps)
     lr = Schedule(phases)
     check_rates(name, phases, lr, peak, min_lr)
     return lr
+
+
+def knobs_of(name):
+    """The arguments of a schedule. steps is the knob max_steps, and peak is learning_rate."""
+    return inspect.signature(SCHEDULES[name]).parameters
 
 
 def check_lengths(name, phases, steps):
@@ -265,16 +287,6 @@ def table(lr):
                      for row in rows)
 
 
-def first_below(lr, fraction):
-    """The first step after the peak whose rate is at most a fraction of the peak, or None.
-
-    Parmar et al. switch the data mixture at a fifth. Warming up passes that rate too, but earlier.
-    """
-    top = int(lr.rates.argmax())
-    below = np.flatnonzero(lr.rates[top + 1:] <= fraction * lr.rates[top] * (1 + 1e-9))
-    return top + 1 + int(below[0]) if len(below) else None
-
-
 # ------------------------------------------------------------------------------
 # python schedules.py config/x.py
 
@@ -308,7 +320,7 @@ def main(argv):
     args, words = parser.parse_known_args(argv)
     try:
         cfg, _ = load(Config, words)
-        lr = build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate, **vars(cfg))
+        lr = of(cfg)
         print(table(lr))
         draw(lr, f'{cfg.schedule}  {" ".join(words)}', args.out)
         print(args.out)

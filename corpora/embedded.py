@@ -4,8 +4,11 @@
     code        Python: the standard library's sources without comments and docstrings
     maths       English: docstrings of sympy, networkx, matplotlib and mpmath, without the doctests
     examples    those doctests: questions and answers
-    docs_1of3   a third of the documents of docs, at random; also docs_2of3 and docs_3of3
-    maths_sympy one package of maths; also maths_networkx and maths_matplotlib
+
+Parts of these are sources too, and are named by a path:
+
+    docs/1of3       a third of the documents of docs, at random; also docs/2of3 and docs/3of3
+    maths/sympy     one package of maths; also maths/networkx and maths/matplotlib
 
 The sources are parsed, never imported. Their text depends on the versions of Python and of the
 packages. A corpus is built when it is first needed, or by: python -m corpora.prepare docs
@@ -18,6 +21,7 @@ import itertools
 import os
 import re
 import sysconfig
+import time
 import tokenize
 import warnings
 from hashlib import blake2b
@@ -26,41 +30,59 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import UserError, require
-from corpora.shards import worker_pool, write_corpus
+from corpora.shards import read_documents, worker_pool, write_corpus, write_splits
 
 MATHS = ('sympy', 'networkx', 'matplotlib', 'mpmath')           # torch and matplotlib need them
 TOPICS = os.path.join('pydoc_data', 'topics.py')                # the texts of help('LAMBDAS') etc.
 
 
+def make(names, data_dir, paths):
+    """Build those of the sources that are embedded, unless `paths` says where they are."""
+    for name in sorted(names):
+        if name in EMBEDDED and f'{name}/train' not in paths:
+            build(name, data_dir)
+
+
 def build(name, data_dir='data', *, files=None, workers=None):
     """Build an embedded corpus in data_dir/name unless it is there; return its folder.
 
-    Copies of a document are left out. The shards are the same for any number of workers. files:
-    the sources to read instead of the packages' own.
+    A part lies inside of the folder of its corpus, so the whole corpus is built first. The shards
+    are the same for any number of workers. files: sources to read instead of the packages' own.
     """
     folder = Path(data_dir, name)
     if folder.exists():
-        require(any(folder.glob('train*.bin')) and any(folder.glob('val*.bin')),
-                f'{folder} exists, but it has no train or no val shards. Delete it and try again.')
+        require(any(folder.glob('train*.bin')) and any(folder.glob('val*.bin')), f'{folder} '
+                'exists, but it has no train or no val shards. Move it away and try again.')
         return folder
+    whole, _, part = name.partition('/')
+    if part:
+        build(whole, data_dir, files=files, workers=workers)
 
-    extract, packages = EMBEDDED[name]
-    files = files or [file for package in packages for file in python_files(package)]
+    # Say what is made, as this may take a minute, and a log file shows no progress bar.
+    start = time.monotonic()
+    try:
+        if THIRD.fullmatch(part):
+            print(f'{name}: choosing from the documents of {whole} ...', flush=True)
+            write_splits(third_of(whole, part, data_dir), name, data_dir, {'part_of': whole})
+        else:
+            extract, packages = EMBEDDED[name]
+            files = files or [file for package in packages for file in python_files(package)]
+            print(f'{name}: reading {len(files):,} files of {", ".join(packages)} ...', flush=True)
+            write_corpus(extract_all(name, extract, files, workers), name, data_dir)
+    except (UserError, OSError):
+        if not folder.exists():                                 # another process may have built it
+            raise
+    print(f'{name}: built in {time.monotonic() - start:.0f} s', flush=True)
+    return folder
+
+
+def extract_all(name, extract, files, workers):
+    """The documents in the files, in their order and without copies."""
     jobs = [(extract, file) for file in files]
     with worker_pool(workers or min(os.cpu_count(), 8)) as run:
         found = list(tqdm(run(documents_of, jobs), desc=name, total=len(jobs),
                           unit=' files', disable=None))
-    texts = dict.fromkeys(itertools.chain.from_iterable(found))     # without copies, in order
-    part = re.search(r'_(\d)of(\d)$', name)
-    if part:
-        texts = [text for text in texts if is_in_part(text, int(part[1]), int(part[2]))]
-    try:
-        write_corpus(texts, name, data_dir)
-    except (UserError, OSError):
-        if not folder.exists():                                 # another process may have built it
-            raise
-    print(f'{name}: {len(texts):,} documents from {len(files):,} files')
-    return folder
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def python_files(package):
@@ -93,10 +115,19 @@ def documents_of(job):
         gc.enable()
 
 
-def is_in_part(text, part, parts):
-    """Whether a document is in part 1, 2, ... of `parts`. A hash decides, and not that of split_of:
-    what the whole corpus holds out for validation, its parts hold out too."""
-    return blake2b(text.encode(), digest_size=8, person=b'part').digest()[0] % parts == part - 1
+THIRD = re.compile('([123])of3')
+
+
+def third_of(whole, part, data_dir):
+    """Yield (split, text) of the documents in a third of a corpus that is there. A hash decides.
+
+    What the corpus holds out for validation, its thirds hold out too.
+    """
+    for split in ('train', 'val'):
+        for text in read_documents(whole, split, data_dir):
+            digest = blake2b(text.encode(), digest_size=8, person=b'part').digest()
+            if digest[0] % 3 == int(part[0]) - 1:
+                yield split, text
 
 
 # --- what to extract from a file: functions (file, source) -> [document] --------------------------
@@ -172,5 +203,5 @@ EMBEDDED = {'docs': (docs_of, ('python', 'numpy', 'torch')),    # the old data o
             'code': (code_of, ('python',)),                     # far from docs: a strong shift
             'maths': (prose_of, MATHS),                         # near docs: a weak shift
             'examples': (examples_of, MATHS)}                   # few and valuable
-EMBEDDED |= {f'docs_{i}of3': EMBEDDED['docs'] for i in (1, 2, 3)}
-EMBEDDED |= {f'maths_{package}': (prose_of, (package,)) for package in MATHS[:3]}
+EMBEDDED |= {f'docs/{i}of3': EMBEDDED['docs'] for i in (1, 2, 3)}
+EMBEDDED |= {f'maths/{package}': (prose_of, (package,)) for package in MATHS[:3]}

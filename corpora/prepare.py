@@ -2,25 +2,22 @@
 
     python -m corpora.prepare docs                      # a built-in corpus (see embedded.py)
     python -m corpora.prepare mine notes.txt articles/  # your text, to data/mine
-    python -m corpora.prepare slim raw/slim --tokenizer weights/pythia-410m \\
-        --by meta.redpajama_set_name                    # to data/slim_c4, data/slim_arxiv, ...
+    python -m corpora.prepare slimpajama raw/slim --tokenizer weights/pythia-410m \\
+        --by meta.redpajama_set_name                    # to data/slimpajama/c4, .../arxiv, ...
 
-Neighbouring files form groups. Each group makes shards of its own, train_00007.bin and
-val_00007.bin, and a finished group is skipped when the command is run again. So an interrupted
-command continues, and the shards are the same for any number of workers. Everything happens in the
-hidden folder data/.NAME.partial and is renamed at the end: training never sees half a corpus.
+Neighbouring files, or pieces of a large one, form groups. Each group is a job of its own, and what
+a finished job has made is kept: an interrupted command continues when it is run again, and the
+shards are the same for any number of workers. Everything happens in the hidden folder
+data/.NAME.partial and is renamed at the end: training never sees half a corpus.
 From Python: prepare(name, files), and write_corpus(texts, name) for texts in memory.
 """
 import argparse
-import glob
-import gzip
-import io
+import codecs
 import json
 import os
 import re
 import shutil
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,61 +26,79 @@ from tqdm import tqdm
 
 from configurator import UserError, require
 from corpora import embedded
-from corpora.shards import ShardWriter, hash_of, split_of, worker_pool, write_summary
-from corpora.tokenizer import BadDocument, import_optional, load_tokenizer
-from data import write_whole
+from corpora.records import READABLE, field_of, group_files, list_files, records, too_long
+from corpora.shards import (ShardWriter, flat, hash_of, join_pieces, split_of, worker_pool,
+                            write_summary)
+from corpora.tokenizer import BadDocument, load_tokenizer
+from support.files import write_whole
 
-GROUP_BYTES = 32 * 2**20        # size of the files in a group, or a thousandth of all if more
-LONGEST = 64 * 2**20            # bytes of a document; longer ones are left out
-TOO_LONG = 'longer than 64 MiB'
+# Documents that are left out because the command says so, or because nothing is lost.
+NOT_CHOSEN, COPY, EMPTY = 'other values than --where', 'copy of a validation document', 'empty'
 
 
 def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None,
-            val_files=(), text_field='text', where=(), by=None, workers=None):
-    """Turn files, folders and globs into data_dir/name, or with `by` into data_dir/name_VALUE.
+            val_files=(), text_field='text', where=(), by=None, encoding='utf-8', longest=64,
+            workers=None, allow_left_out=False):
+    """Turn files, folders and globs into data_dir/name, or with `by` into data_dir/name/VALUE.
 
     `python -m corpora.prepare --help` explains the arguments.
     """
     if val is None:
         val = 0 if val_files else 0.05
-    require(re.fullmatch(r'\w[\w.-]*', name),
-            f'{name!r} cannot be the name of a corpus. Use letters, digits, dots, - and _.')
+    require(all(re.fullmatch(r'\w[\w.-]*', part) for part in name.split('/')), f'{name!r} cannot be '
+            'the name of a corpus. Use letters, digits, dots, - and _, and / before a part.')
     require(0 <= val < 1, f'--val is a share of the documents, from 0 to below 1, not {val}.')
+    require(0 < longest <= 1024, f'--longest is a number of MiB up to 1024, not {longest}.')
     conditions = [re.fullmatch('([^=]+)=(.+)', words) for words in where]
     require(all(conditions), '--where needs FIELD=VALUE, for example meta.pile_set_name=Github.')
     val_files, _ = list_files(val_files)
-    files, others = list_files(inputs)
+    files, passed_over = list_files(inputs)
     files = [file for file in files if file not in val_files]
 
     # The settings and the files decide what is in the shards.
     options = {'name': name, 'tokenizer': tokenizer, 'eot': eot, 'val': val, 'by': by,
-               'text_field': text_field, 'where': [list(match.groups()) for match in conditions]}
+               'text_field': text_field, 'where': [list(match.groups()) for match in conditions],
+               'encoding': encoding_name(encoding), 'longest': int(longest * 2**20)}
     settings = {**options, 'tokenizer': load_tokenizer(tokenizer).name,
                 'files': describe(files), 'val_files': describe(val_files)}
-    partial = Path(data_dir, f'.{name}.partial')
-    if not start_or_continue(partial, Path(data_dir, name), settings):
+    partial = Path(data_dir, f'.{flat(name)}.partial')
+    if not start_or_continue(partial, data_dir, settings):
         print(f'{name} has been prepared before, with the same settings and files')
         return
 
     # Validation files come first, because their documents are kept out of train.
-    groups, val_groups = group_files(files), group_files(val_files)
-    jobs = [(i, group, partial, options) for i, group in enumerate(groups)]
-    val_jobs = [(len(jobs) + i, group, partial, {**options, 'val': 1})
-                for i, group in enumerate(val_groups)]
+    groups, val_groups = group_files(files, options), group_files(val_files, options)
+    val_numbers = range(len(groups), len(groups) + len(val_groups))
+    jobs = [(i, group, partial, options, val_numbers) for i, group in enumerate(groups)]
+    val_jobs = [(i, group, partial, {**options, 'val': 1}, ())
+                for i, group in zip(val_numbers, val_groups)]
     workers = max(1, min(workers or os.cpu_count(), max(len(jobs), len(val_jobs))))
     size, results = sum(map(os.path.getsize, files + val_files)), []
     with (worker_pool(workers) as run,
           tqdm(total=size, unit='B', unit_scale=True, disable=None) as bar):
         for stage in (val_jobs, jobs):
-            for job, result in zip(stage, run(make_shards, stage)):
+            for job, result in zip(stage, run(make_pieces, stage)):
                 results.append(result)
-                bar.update(sum(map(os.path.getsize, job[1])))
+                bar.update(sum(end - start for _, start, end in job[1]))
 
-    counts = report(results, others)
-    if not any(stream.endswith('/train') for stream in counts):
-        shutil.rmtree(partial)
-        raise UserError(f'{name}: there are no documents to train on. Give more, or lower --val.')
-    publish(partial, data_dir, settings, counts, load_tokenizer(tokenizer).files)
+    report(results, passed_over)
+    counts = add_up([result['counts'] for result in results])
+    problem = what_is_wrong(results, counts, allow_left_out)
+    if problem:
+        write_whole(partial / 'refused', b'')
+        raise UserError(f'{name}: {problem}')
+    report_near_copies(partial, range(len(results)))
+    publish(partial, data_dir, settings, results, counts, load_tokenizer(tokenizer))
+
+
+def encoding_name(encoding):
+    """The usual name of an encoding. UserError when there is none of that name."""
+    try:
+        'a'.encode(encoding)
+        return codecs.lookup(encoding).name
+    except (LookupError, ValueError):
+        raise UserError(f'--encoding {encoding}: there is no such encoding. Common ones are '
+                        'utf-8, utf-16, cp1252 (Windows), latin-1, shift_jis and gb18030.') from None
 
 
 def describe(files):
@@ -91,27 +106,55 @@ def describe(files):
     return [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
 
 
-def start_or_continue(partial, target, settings):
+def start_or_continue(partial, data_dir, settings):
     """Create the folder of a new command, or check that an interrupted one was the same command.
 
     False when the same command has finished. (It may have been interrupted while it cleaned up.)
     """
-    path = partial / 'settings.json'
+    path, name = partial / 'settings.json', settings['name']
     if path.exists():
         before = read_object(path)
         changed = [key for key in settings if before.get(key) != settings[key]]
-        require(not changed, f'{partial} is the unfinished work of a command with other '
-                f'{", ".join(changed)}. Run that command again to finish it, or delete the folder.')
-        return True
+        if not changed:
+            return True
+        # Work whose result was refused is not worth keeping.
+        require((partial / 'refused').exists(), f'{partial} is the unfinished work of a command '
+                f'with other {", ".join(changed)}. Run that command again to finish it, or delete '
+                'the folder.')
     shutil.rmtree(partial, ignore_errors=True)
-    for path_of_other in partial.parent.glob(f'{settings["name"]}*/summary.json'):
-        other = read_object(path_of_other)
-        if all(other.get(key) == value for key, value in settings.items()):
-            return False
-    require(not target.exists(), f'{target} already exists. Delete it, or choose another name.')
+
+    folder = Path(data_dir, name)
+    if was_made(folder, data_dir, settings):
+        return False
+    parts = ', '.join(sorted(path.parent.name for path in folder.glob('*/summary.json')))
+    require(settings['by'] or not parts, f'{folder} already contains the parts {parts}. Choose '
+            'another name, or train on all parts as one source: '
+            f"--paths=\"{{'{name}/train': '{folder}/*/train*.bin'}}\"")
+    require(settings['by'] or not folder.exists(),
+            f'{folder} already exists. Delete it, or choose another name.')
     partial.mkdir(parents=True)
     write_whole(path, json.dumps(settings).encode())
     return True
+
+
+def was_made(folder, data_dir, settings):
+    """Whether the same command has finished. UserError when some of what it made is gone."""
+    def made_by_it(path):
+        summary = read_object(path)
+        return summary if all(summary.get(key) == settings[key] for key in settings) else {}
+    found = [made_by_it(path) for path in (folder / 'summary.json', *folder.glob('*/summary.json'))]
+    sources = [source for summary in found for source in summary.get('sources', [])]
+    missing = []
+    for source in dict.fromkeys(sources):
+        splits = made_by_it(Path(data_dir, source, 'summary.json')).get('splits', {})
+        numbers = {split: len(list(Path(data_dir, source).glob(f'{split}_*.bin')))
+                   for split in splits}
+        if not splits or any(numbers[split] != splits[split]['shards'] for split in splits):
+            missing.append(source)
+    require(not missing, f'this command has made {", ".join(dict.fromkeys(sources))} before, but '
+            f'of {", ".join(missing)} there are no longer all shards. Delete what is left in '
+            f'{folder} and run it again.')
+    return bool(sources)
 
 
 def read_object(path):
@@ -123,264 +166,206 @@ def read_object(path):
     return found if isinstance(found, dict) else {}
 
 
-def report(results, others):
-    """Print what was left out and what there is. Returns {'source/split': {what: number}}."""
-    if others:
-        print(f'{others:,} files of other kinds were passed over')
-    counts, left_out, places = {}, Counter(), {}
-    for result in results:
-        for stream, numbers in result['counts'].items():
-            counts.setdefault(stream, Counter()).update(numbers)
-        for problem, (number, some_places) in result['left_out'].items():
-            left_out[problem] += number
-            places.setdefault(problem, []).extend(some_places)
-    for problem, number in left_out.items():
-        print(f'{number:,} documents left out: {problem}', *places[problem][:3], sep='\n    ')
-    for stream, n in sorted(counts.items()):
-        print(f'{stream}: {n["documents"]:,} documents, {n["bytes"]:,} bytes, {n["tokens"]:,} '
-              f'tokens ({n["bytes"] / max(1, n["tokens"]):.2f} bytes each), {n["shards"]:,} shards')
-    return counts
+# --- from a group of pieces of files to tokens ---------------------------------------------------
+
+HASHES = np.dtype([('document', '<u8'), ('opening', '<u8'), ('is_val', '?')])
 
 
-def publish(partial, data_dir, settings, counts, tokenizer_files):
-    """Move the finished sources to data_dir. If this is interrupted, the next run continues."""
-    for folder in sorted(path for path in partial.iterdir() if path.is_dir()):
-        target = Path(data_dir, folder.name)
-        require(not target.exists(), f'{target} already exists. Move it away and run the same '
-                                     'command again: the new one is ready.')
-        for file in folder.iterdir():
-            if file.suffix != '.bin':                           # half a shard of a killed worker
-                file.unlink()
-        for name, path in tokenizer_files.items():
-            shutil.copyfile(path, folder / name)
-        splits = {split: counts.get(f'{folder.name}/{split}', Counter())
-                  for split in ('train', 'val')}
-        write_summary(folder, settings, splits)
-        folder.rename(target)
-    (partial / 'settings.json').unlink()                        # nothing is left to continue
-    shutil.rmtree(partial)
+def make_pieces(job):
+    """In a worker: write the tokens of a group. Returns what they contain and what was left out.
 
-
-# --- from a group of files to its shards ---------------------------------------------------------
-
-def make_shards(job):
-    """In a worker: write the shards of a group. Returns what they contain and what was left out.
-
-    job: number of the group, its files, folder to write to, options. With val = 1 the group is for
-    validation only, and the hashes of its documents are saved for the other groups.
+    job: number of the group, its pieces of files, folder to write to, options, and the numbers of
+    the groups whose documents are kept out of train. A group of validation files has val = 1.
     """
-    number, files, partial, options = job
+    number, pieces, partial, options, val_numbers = job
     done = partial / f'{number:05d}.json'
     result = read_object(done)                                  # from an earlier run
     if result:
         return result
 
-    tokenizer, is_val = load_tokenizer(options['tokenizer']), options['val'] == 1
-    held_out = {key for file in partial.glob('*.npy') for key in np.load(file).tolist()}
-    writers, hashes, left_out = {}, [], {}
-    for place, kind, record in records(files, options):
-        try:
-            text, raw, source = parse(kind, record, options)
-            key = hash_of(raw)
-            split = split_of(key, options['val'])
-            if split == 'train' and key in held_out:
-                raise BadDocument('copy of a validation document')
-            stream = f'{source}/{split}'
-            if stream not in writers:
-                require(len(writers) < 200, f'--by {options["by"]}: there are too many values to '
-                                            'make a source of each.')
-                (partial / source).mkdir(exist_ok=True)
-                stem = partial / f'{stream}_{number:05d}'
-                writers[stream] = ShardWriter(stem, tokenizer, options['eot'])
-            writers[stream].add(text, len(raw))
-            if is_val:
-                hashes.append(key)
-        except BadDocument as problem:
-            count, places = left_out.get(str(problem), (0, []))
-            left_out[str(problem)] = (count + 1, [*places, place][:3])
+    tokenizer = load_tokenizer(options['tokenizer'])
+    held_out = {key for i in val_numbers for key in read_hashes(partial, i)['document'].tolist()}
+    writers, hashes, left_out, files, windows = {}, [], {}, {}, 0
+    for piece in pieces:
+        used = files.setdefault(piece[0], {'usable': 0, 'unusable': 0})
+        for place, record in records(piece, options):
+            try:
+                text, raw, source = parse(record, options)
+                key = hash_of(raw)
+                split = split_of(key, options['val'])
+                if split == 'train' and key in held_out:
+                    raise BadDocument(COPY)
+                stream = f'{source}/{split}'
+                if stream not in writers:
+                    require(len(writers) < 200, f'--by {options["by"]}: there are too many values '
+                                                'to make a source of each.')
+                    (partial / flat(source)).mkdir(exist_ok=True)
+                    stem = partial / flat(source) / f'piece_{split}_{number:05d}'
+                    writers[stream] = ShardWriter(stem, tokenizer, options['eot'])
+                writers[stream].add(text, len(raw))
+                hashes.append((key, hash_of(opening_of(text)), split == 'val'))
+                windows += b'\r\n' in raw
+                used['usable'] += 1
+            except BadDocument as problem:
+                used['usable' if str(problem) in (NOT_CHOSEN, COPY, EMPTY) else 'unusable'] += 1
+                count, places = left_out.get(str(problem), (0, []))
+                places = [*places, f'{place} {problem.detail}'.rstrip()]
+                left_out[str(problem)] = (count + 1, places[:3])
 
     for writer in writers.values():
         writer.write()
-    if is_val:
-        np.save(partial / f'{number:05d}.npy', np.array(hashes, np.uint64))
-    counts = {stream: writer.counts for stream, writer in writers.items()}
-    result = {'counts': counts, 'left_out': left_out}
+    write_whole(partial / f'{number:05d}.hashes', np.array(hashes, HASHES).tobytes())
+    result = {'counts': {stream: writer.counts for stream, writer in writers.items()},
+              'pieces': {stream: writer.written for stream, writer in writers.items()},
+              'left_out': left_out, 'files': files, 'windows_line_ends': windows}
     write_whole(done, json.dumps(result).encode())
     return result
 
 
-def parse(kind, record, options):
+def read_hashes(partial, number):
+    return np.fromfile(partial / f'{number:05d}.hashes', HASHES)
+
+
+def opening_of(text):
+    """The first 200 characters, in small letters and with single spaces, as bytes."""
+    return ' '.join(text[:1000].lower().split())[:200].encode()
+
+
+def parse(record, options):
     """A record -> (text, its UTF-8, name of its source). BadDocument when it cannot be used."""
     if isinstance(record, BadDocument):
         raise record
-    if kind != 'parquet' and len(record) > LONGEST:
-        raise BadDocument(TOO_LONG)
-    text, row = None, {}
-    try:
-        if kind == 'parquet':
-            row = record.to_pylist()[0]
-        else:
-            text = record.decode('utf-8-sig')
-        if kind == 'lines':
-            row = json.loads(text)
-    except UnicodeDecodeError:
-        raise BadDocument('not UTF-8') from None
-    except (ValueError, RecursionError):
-        raise BadDocument('not JSON') from None
-
+    text, row = (record, {}) if isinstance(record, str) else (None, record)
     for field, values in options['where']:
         if str(field_of(row, field)) not in values.split(','):
-            raise BadDocument('other values than --where')
+            raise BadDocument(NOT_CHOSEN)
     source = options['name']
     if options['by']:
-        # RedPajamaArXiv becomes arxiv.
+        # RedPajamaArXiv becomes arxiv, and C++ becomes c++.
         value = str(field_of(row, options['by'])).lower()
-        value = re.sub('[^a-z0-9]', '', value).removeprefix('redpajama')
-        source = f'{source}_{value or "none"}'
-    if kind != 'text':
-        text = field_of(row, options['text_field'])
+        value = re.sub(r'[^\w+#]', '', value).removeprefix('redpajama')
+        source = f'{source}/{value or "none"}'
+
+    if text is None:
+        text = field_of(row, options['text_field'], ' (--text_field FIELD names the right one)')
     if not isinstance(text, str):
         raise BadDocument(f'{options["text_field"]} is not a string')
-
     try:
         raw = text.encode('utf-8')
     except UnicodeEncodeError:
         raise BadDocument('half of a surrogate pair') from None
-    if len(raw) > LONGEST:
-        raise BadDocument(TOO_LONG)
+    if len(raw) > options['longest']:
+        raise too_long(options)
     if b'\0' in raw:
         raise BadDocument('NUL byte')
     if not raw.strip():
-        raise BadDocument('empty')
+        raise BadDocument(EMPTY)
     return text, raw, source
 
 
-def field_of(row, path):
-    """row['meta']['set'] for the path 'meta.set'. Metadata may be JSON in a string."""
-    try:
-        for key in path.split('.'):
-            row = (json.loads(row) if isinstance(row, str) else row)[key]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise BadDocument(f'no {path}') from None
-    return row
+# --- what came out -------------------------------------------------------------------------------
+
+def add_up(counts):
+    """[{stream: {what: number}}] -> {stream: {what: number}}. A stream is like 'mine/train'."""
+    total = {}
+    for streams in counts:
+        for stream, numbers in streams.items():
+            total.setdefault(stream, Counter()).update(numbers)
+    return total
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-KINDS = dict.fromkeys('.txt .md .rst .tex .org .py .pyx .c .h .cc .cpp .hpp .cu .cs .java .kt '
-                      '.scala .js .ts .go .rs .swift .rb .php .pl .lua .r .jl .hs .ml .sh .sql'
-                      .split(), 'text')
-KINDS |= {'.jsonl': 'lines', '.json': 'lines', '.ndjson': 'lines', '.parquet': 'parquet'}
-READABLE = ('Readable are .jsonl and .json with an object a line, .parquet, and .txt, .md, .py, .c '
-            'and other plain text with a document a file; all but .parquet also as .gz and .zst.')
-
-
-def kind_of(file):
-    """'text', 'lines' (of JSON) or 'parquet', from a file's name; None when it is not readable."""
-    name = file.lower().removesuffix('.gz').removesuffix('.zst')
-    return KINDS.get(os.path.splitext(name)[1])
-
-
-def list_files(patterns):
-    """([readable file] of files, folders and globs, in order, each once; number of other files)."""
-    found, others = {}, set()
-    for pattern in map(str, patterns):
-        paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        require(paths, f'{pattern}: there is no such file or folder.')
-        files = []
-        for path in paths:
-            files += files_in(path)
-        readable = [file for file in files if kind_of(file)]
-        require(readable, f'no readable file found in {pattern}. {READABLE}')
-        found |= {os.path.realpath(file): file for file in readable}
-        others |= set(files) - set(readable)
-
-    def numbers_as_numbers(file):                               # so that 2.txt comes before 10.txt
-        return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', file)]
-    return sorted(found.values(), key=numbers_as_numbers), len(others)
+def report(results, passed_over):
+    """Print what was left out, and where, and what is kept as it is."""
+    if passed_over:
+        kinds = ', '.join(f'{number:,} {ending}' for ending, number in passed_over.most_common(9))
+        print(f'{passed_over.total():,} files of other kinds were passed over: {kinds}')
+    left_out, places = Counter(), {}
+    for result in results:
+        for problem, (number, some_places) in result['left_out'].items():
+            left_out[problem] += number
+            places.setdefault(problem, []).extend(some_places)
+    for problem, number in left_out.items():
+        print(f'{number:,} documents left out: {problem}', *places[problem][:3], sep='\n    ')
+    windows = sum(result['windows_line_ends'] for result in results)
+    if windows:
+        print(f'{windows:,} documents have Windows line ends (CR LF), which are kept')
 
 
-def files_in(path):
-    """The files in a folder at any depth, but nothing hidden. Links to folders are not followed."""
-    if not os.path.isdir(path):
-        return [path]
-    files = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
-    return files
+def what_is_wrong(results, counts, allow_left_out):
+    """Why the result is not worth publishing; '' when it is."""
+    files = add_up([result['files'] for result in results])
+    usable = sum(used['usable'] for used in files.values())
+    unusable = sum(used['unusable'] for used in files.values())
+    lost = sum(used['unusable'] > 0 == used['usable'] for used in files.values())
+    kept = sum(numbers['documents'] for numbers in counts.values())
+
+    if not any(stream.endswith('/train') for stream in counts):
+        problem = 'there are no documents to train on: '
+        if usable + unusable == 0:
+            return f'{problem}the files are empty.'
+        if kept < usable + unusable:
+            return f'{problem}{usable + unusable - kept:,} were left out, as said above.'
+        return f'{problem}all {kept:,} are held out for validation. Give more, or lower --val.'
+
+    mend = ('as said above. Mend this, or run the same command with --allow_left_out to do without '
+            'them.')
+    if not allow_left_out and unusable > usable:
+        return f'{unusable:,} of {usable + unusable:,} documents cannot be used, {mend}'
+    if not allow_left_out and lost > len(files) / 2:
+        return f'of {lost:,} of the {len(files):,} files nothing can be used, {mend}'
+    return ''
 
 
-def group_files(files):
-    """Neighbouring files in groups: [[file, ...], ...]. A large file is a group by itself."""
-    sizes = [os.path.getsize(file) for file in files]
-    limit, groups, size = max(GROUP_BYTES, sum(sizes) // 1000), [], 0
-    for file, file_size in zip(files, sizes):
-        if not groups or size + file_size > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(file)
-        size += file_size
-    return groups
+def report_near_copies(partial, numbers):
+    """Print how many validation documents begin like a training document."""
+    openings = [table['opening'][table['is_val']] for table in
+                (read_hashes(partial, number) for number in numbers)]
+    openings, counts = np.unique(np.concatenate(openings), return_counts=True)
+    if not len(openings):
+        return
+    # One group after the other, because the hashes of a large corpus do not fit into memory.
+    is_near = np.zeros(len(openings), bool)
+    for number in numbers:
+        table = read_hashes(partial, number)
+        train = table['opening'][~table['is_val']]
+        places = np.searchsorted(openings, train).clip(max=len(openings) - 1)
+        is_near[places[openings[places] == train]] = True
+    print(f'{counts[is_near].sum():,} of {counts.sum():,} validation documents begin like a '
+          'training document: their first 200 characters are equal but for case and white space')
 
 
-def records(files, options):
-    """Yield (file:line, kind, record) of each document in the files.
+def publish(partial, data_dir, settings, results, counts, tokenizer):
+    """Join the tokens of the groups to shards, and move the finished sources to data_dir.
 
-    A record is the bytes of a text or of a line of JSON, a row of parquet, or a BadDocument.
+    If this is interrupted, the next run continues.
     """
-    fields = [options['text_field'], options['by'] or '', *(field for field, _ in options['where'])]
-    columns = [field.split('.')[0] for field in fields]
-    for file in files:
-        kind, number = kind_of(file), 0
-        try:
-            for number, record in READERS[kind](file, columns):
-                yield f'{file}:{number}', kind, record
-        except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:
-            if isinstance(error, OSError) and error.errno:      # the file is not to blame
-                raise
-            problem = str(error).partition('\n')[0]
-            yield f'{file}:{number + 1}', kind, BadDocument(f'rest of a damaged file ({problem})')
-
-
-def open_file(file):
-    if file.endswith('.gz'):
-        return gzip.open(file, 'rb')
-    if file.endswith('.zst'):
-        # pyarrow reports a truncated file, which the package zstandard does not.
-        return io.BufferedReader(import_optional('pyarrow').input_stream(file, compression='zstd'))
-    return open(file, 'rb')
-
-
-def read_text(file, columns):
-    with open_file(file) as f:
-        yield 1, f.read(LONGEST + 1)
-
-
-def read_lines(file, columns):
-    """Yield (number, line). Lines that are too long are read in pieces, which bounds the memory."""
-    number, is_start = 1, True
-    with open_file(file) as f:
-        for piece in iter(lambda: f.readline(LONGEST + 1), b''):
-            if is_start and piece.strip():
-                yield number, piece
-            is_start = piece.endswith(b'\n')
-            number += is_start
-
-
-def read_parquet(file, columns):
-    """Yield (number, row). A value is no longer than its row group, which bounds the memory."""
-    table = import_optional('pyarrow.parquet').ParquetFile(file)
-    sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
-    rows = max(1, min(256, LONGEST // max([*sizes, 1])))
-    number = 0
-    for batch in table.iter_batches(rows, columns=columns):
-        for i in range(len(batch)):
-            number += 1
-            yield number, batch.slice(i, 1)
-
-
-READERS = {'text': read_text, 'lines': read_lines, 'parquet': read_parquet}
+    (partial / 'refused').unlink(missing_ok=True)
+    sources = sorted({stream.rpartition('/')[0] for stream in counts})
+    for source in sources:
+        folder, target = partial / flat(source), Path(data_dir, source)
+        if not folder.exists():                                 # moved before an interruption
+            continue
+        require(not target.exists(), f'{target} already exists. Move it away and run the same '
+                                     'command again: the new one is ready.')
+        splits = {}
+        for split in ('train', 'val'):
+            stream = f'{source}/{split}'
+            pieces = [piece for result in results for piece in result['pieces'].get(stream, [])]
+            number = join_pieces(folder, split, pieces, tokenizer, settings['eot'])
+            splits[split] = {**counts.get(stream, Counter()), 'shards': number}
+        for file in folder.iterdir():
+            if file.suffix != '.bin' or file.name.startswith('piece_'):     # of a killed worker
+                file.unlink()
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, folder / name)
+        write_summary(folder, {**settings, 'sources': sources}, splits)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+    for stream, n in sorted(counts.items()):
+        print(f'{stream}: {n["documents"]:,} documents, {n["bytes"]:,} bytes, {n["tokens"]:,} '
+              f'tokens ({n["bytes"] / max(1, n["tokens"]):.2f} bytes each)')
+    (partial / 'settings.json').unlink()                        # nothing is left to continue
+    shutil.rmtree(partial)
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -389,7 +374,8 @@ def main(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add('name', help=f'of the corpus; without files: {", ".join(embedded.EMBEDDED)}')
+    add('name', help='of the corpus, which may be a path such as slimpajama/c4; without files: '
+        f'{", ".join(embedded.EMBEDDED)}')
     add('files', nargs='*', help=f'files, folders (at any depth) and globs. {READABLE}')
     add('--data_dir', default='data')
     add('--tokenizer', default='bytes', help="'bytes', 'gpt2', a tokenizer.json or its folder")
@@ -402,7 +388,12 @@ def main(argv):
     add('--text_field', default='text', help='field or column; dots lead inside: meta.text')
     add('--where', action='append', default=[], metavar='FIELD=VALUE,...', help='only documents '
         'with one of these values, as in meta.pile_set_name=Github; several: all must hold')
-    add('--by', metavar='FIELD', help='a source for each value: NAME_c4, NAME_arxiv, ...')
+    add('--by', metavar='FIELD', help='a source for each value: NAME/c4, NAME/arxiv, ...')
+    add('--encoding', default='utf-8', help='of text and lines that are not UTF-8, such as cp1252')
+    add('--longest', type=float, default=64, metavar='MIB', help='longer documents and lines are '
+        'left out; each worker needs several times this memory')
+    add('--allow_left_out', action='store_true', help='go on when most documents, or all documents '
+        'of most files, cannot be used')
     add('--workers', type=int, help='processes; default: one for each core')
     options = vars(parser.parse_intermixed_args(argv))
     name, files, data_dir = options.pop('name'), options.pop('files'), options.pop('data_dir')

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, require
+from corpora.formats import token_type, tokenizer_hash, write_shard
 from corpora.tokenizer import load_tokenizer
-from data import token_type, write_shard, write_whole
+from data import HEADER_BYTES, find_shards, open_shard
+from support.files import write_whole
 
 SHARD_TOKENS = 100_000_000
 
@@ -45,6 +47,7 @@ class ShardWriter:
         self.dtype = token_type(tokenizer.vocab_size)
         self.ids, self.text_bytes = bytearray(), 0              # of the shard that is being filled
         self.counts = {'documents': 0, 'tokens': 0, 'bytes': 0, 'shards': 0}
+        self.written = []                                       # [name, tokens, bytes] of each shard
 
     def add(self, text, text_bytes):
         ids = self.tokenizer.encode(text)
@@ -62,35 +65,83 @@ class ShardWriter:
         """Write what was added since the last shard."""
         if self.ids:
             number = self.counts['shards']
-            path = f'{self.stem}_{number:03d}.bin' if number else f'{self.stem}.bin'
-            write_shard(path, np.frombuffer(self.ids, self.dtype),
-                        vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name,
-                        eot=self.tokenizer.eot if self.eot == 'append' else None,
-                        text_bytes=self.text_bytes)
+            path = Path(f'{self.stem}_{number:03d}.bin' if number else f'{self.stem}.bin')
+            ids = np.frombuffer(self.ids, self.dtype)
+            write_ids(path, ids, self.tokenizer, self.eot, self.text_bytes)
+            self.written.append([path.name, len(ids), self.text_bytes])
             self.counts['shards'] += 1
             self.ids, self.text_bytes = bytearray(), 0
 
 
+def write_ids(path, ids, tokenizer, eot, text_bytes):
+    """Write the ids [n] of documents as a shard."""
+    write_shard(path, ids, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name,
+                eot=tokenizer.eot if eot == 'append' else None, text_bytes=text_bytes)
+
+
+def join_pieces(folder, split, pieces, tokenizer, eot):
+    """Join small shards, in their order, to shards of up to SHARD_TOKENS; return their number.
+
+    pieces: [name, tokens, bytes] of each. If this is interrupted, the next call continues.
+    """
+    groups = in_groups(pieces, [tokens for _, tokens, _ in pieces], SHARD_TOKENS)
+    for number, group in enumerate(groups):
+        path, parts = folder / f'{split}_{number:05d}.bin', [folder / name for name, _, _ in group]
+        if not path.exists() and len(parts) == 1:
+            parts[0].rename(path)
+        elif not path.exists():
+            dtype = token_type(tokenizer.vocab_size)
+            ids = [np.fromfile(part, dtype, offset=HEADER_BYTES) for part in parts]
+            text_bytes = sum(n for _, _, n in group)
+            write_ids(path, np.concatenate(ids), tokenizer, eot, text_bytes)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return len(groups)
+
+
 def write_corpus(documents, name, data_dir='data', *, val=0.05):
     """Write texts as shards of bytes to data_dir/name, which appears whole or not at all."""
-    folder, partial = Path(data_dir, name), Path(data_dir, f'.{name}.{os.getpid()}')
+    splits = ((split_of(hash_of(text.encode('utf-8')), val), text) for text in documents)
+    write_splits(splits, name, data_dir, {'val': val})
+
+
+def write_splits(documents, name, data_dir, settings):
+    """write_corpus for documents whose split is known: pairs of a split and a text."""
+    folder, partial = Path(data_dir, name), Path(data_dir, f'.{flat(name)}.{os.urandom(4).hex()}')
     require(not folder.exists(), f'{folder} already exists. Delete it, or choose another name.')
     partial.mkdir(parents=True)
     try:
         tokenizer = load_tokenizer('bytes')
         writers = {split: ShardWriter(partial / f'{split}_00000', tokenizer)
                    for split in ('train', 'val')}
-        for text in documents:
-            raw = text.encode('utf-8')
-            writers[split_of(hash_of(raw), val)].add(text, len(raw))
+        for split, text in documents:
+            writers[split].add(text, len(text.encode('utf-8')))
         for writer in writers.values():
             writer.write()
         counts = {split: writer.counts for split, writer in writers.items()}
         require(counts['train']['tokens'], f'{name}: no documents to train on.')
-        write_summary(partial, {'tokenizer': 'bytes', 'eot': 'append', 'val': val}, counts)
+        write_summary(partial, {'tokenizer': 'bytes', 'eot': 'append', **settings}, counts)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def flat(name):
+    """The name of a source, which may be a path, as the name of one file or folder."""
+    return name.replace('/', '+')
+
+
+def read_documents(name, split, data_dir='data'):
+    """Yield the texts of a corpus of bytes, in the order of its shards."""
+    for path in find_shards(name, split, data_dir):
+        shard = open_shard(path)
+        require(shard.tokenizer == tokenizer_hash('bytes') and shard.eot is not None,
+                f'{path}: its documents are not bytes that end with end-of-text. Choose a corpus '
+                'that was prepared without --tokenizer and --eot.')
+        ends = np.flatnonzero(shard.tokens == shard.eot)
+        for start, end in zip([0, *(ends[:-1] + 1)], ends):
+            yield bytes(shard.tokens[start:end].astype(np.uint8)).decode()
 
 
 def write_summary(folder, settings, counts):
@@ -99,6 +150,18 @@ def write_summary(folder, settings, counts):
               for split, n in counts.items() if n['tokens']}
     summary = json.dumps({**settings, 'splits': splits}, indent=1)
     write_whole(folder / 'summary.json', summary.encode())
+
+
+def in_groups(items, sizes, limit):
+    """Neighbours in lists, each up to a limit of size: [[item, ...], ...]. A larger item is alone."""
+    groups, filled = [], 0
+    for item, size in zip(items, sizes):
+        if not groups or filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size
+    return groups
 
 
 @contextlib.contextmanager

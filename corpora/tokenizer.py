@@ -22,12 +22,17 @@ import numpy as np
 
 import data
 from configurator import UserError, require
+from corpora import formats
 
 END = '<|endoftext|>'
 
 
 class BadDocument(Exception):
-    """A document that cannot be used. The message says why."""
+    """A document that cannot be used. The message says why, and detail what is special here."""
+
+    def __init__(self, message, detail=''):
+        super().__init__(message)
+        self.detail = detail
 
 
 class ByteTokenizer:
@@ -45,7 +50,7 @@ class ByteTokenizer:
     def encode(self, text, special=False):
         """The ids [n] of a text, without end-of-text. special: take special tokens as such."""
         if not special:
-            return self.encode_ordinary(text).astype(data.token_type(self.vocab_size))
+            return self.encode_ordinary(text).astype(formats.token_type(self.vocab_size))
 
         # The pattern is a group, so split() also returns what it splits at: every second part.
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -53,7 +58,7 @@ class ByteTokenizer:
         ids = [self.encode_ordinary(part) for part in parts]
         for i in range(1, len(parts), 2):
             ids[i] = [self.special[parts[i]]]
-        return np.concatenate(ids).astype(data.token_type(self.vocab_size))
+        return np.concatenate(ids).astype(formats.token_type(self.vocab_size))
 
     def encode_ordinary(self, text):
         return np.frombuffer(text.encode('utf-8'), np.uint8)
@@ -137,7 +142,7 @@ class LibraryTokenizer:
         (found,) = self.library.encode_batch_fast([text], add_special_tokens=False)
         if self.eot in found.ids and not special:
             raise BadDocument('contains end-of-text')
-        return np.array(found.ids, data.token_type(self.vocab_size))
+        return np.array(found.ids, formats.token_type(self.vocab_size))
 
     def decode(self, ids):
         """The text of ids [n]; unused ids give nothing."""
@@ -184,13 +189,13 @@ def find_tokenizer(which, folder):
 
     which: its name, its hash from the header of a shard, or None for whatever the folder contains.
     """
-    wanted = data.tokenizer_hash(which) if isinstance(which, str) else which
+    wanted = formats.tokenizer_hash(which) if isinstance(which, str) else which
     if tokenizer_files(folder):
         tokenizer = load_tokenizer(str(Path(folder).resolve()))
-        if wanted in (None, data.tokenizer_hash(tokenizer.name)):
+        if wanted in (None, formats.tokenizer_hash(tokenizer.name)):
             return tokenizer
     for name in ('bytes', 'gpt2'):
-        if wanted == data.tokenizer_hash(name):
+        if wanted == formats.tokenizer_hash(name):
             return load_tokenizer(name)
     name = which if isinstance(which, str) else 'of this model'
     raise UserError(f'{folder} does not contain the tokenizer {name}. Name the folder with its '

@@ -31,7 +31,7 @@ TOKENIZERS = Path(os.environ.get('REWARM_TOKENIZERS', ROOT.parent / 'shared' / '
 TINY = dict(train_data={'old': 1.0}, val_data=['old', 'new'], hidden_size=32, num_hidden_layers=1,
             num_attention_heads=2, block_size=32, batch_size=4, max_steps=20, learning_rate=3e-3,
             min_lr=3e-4, warmup=4, device='cpu', dtype='fp32', eval_every=10, eval_windows=7,
-            log_every=1, save_every=5, keep_last=0)
+            log_every=1, save_every=5)
 
 
 def make_documents(letters, seed, n=60):
@@ -42,7 +42,10 @@ def make_documents(letters, seed, n=60):
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'pictures: draws the curve of a run, which takes a second')
+    for marker in ('pictures: draws the curve of a run, which takes a second',
+                   'plain_model: compares model.py with a GPT-NeoX, so it is red when you change it',
+                   'quick: one of those that take a minute together'):
+        config.addinivalue_line('markers', marker)
 
 
 def pytest_collection_modifyitems(items):
@@ -117,10 +120,15 @@ def config(tmp_path, corpora, monkeypatch):
 
     Its out_dir is 'out/a'. None leaves a key out.
     """
+    import schedules
     monkeypatch.chdir(tmp_path)
 
     def write(name, **changes):
-        knobs = {'out_dir': f'out/{name}', 'data_dir': str(corpora), **TINY, **changes}
+        schedule = changes.get('schedule', 'cosine')
+        takes = schedules.knobs_of(schedule) if schedule in schedules.SCHEDULES else {}
+        idle = {'min_lr', 'warmup'} - set(takes)
+        knobs = {'out_dir': f'out/{name}', 'data_dir': str(corpora), **TINY}
+        knobs = {key: value for key, value in knobs.items() if key not in idle} | changes
         lines = [f'{key} = {value!r}\n' for key, value in knobs.items() if value is not None]
         Path(f'{name}.py').write_text(''.join(lines))
         return f'{name}.py'
@@ -154,10 +162,13 @@ def saved(run, step=20):
 
 
 def metrics(run, event=None):
-    """The rows of metrics.jsonl, or those of one event, without what the clock measures."""
+    """The rows of metrics.jsonl of one event, or all but the first, which says whose they are.
+
+    They come without what differs in any two runs: the id, and what the clock measures.
+    """
     rows = [json.loads(line) for line in Path(run, 'metrics.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != 'tokens_per_s'}
-            for row in rows if event in (None, row['event'])]
+    return [{key: value for key, value in row.items() if key not in ('run', 'tokens_per_s')}
+            for row in rows if row['event'] == event or (event is None and row['event'] != 'start')]
 
 
 def losses(run):
@@ -185,8 +196,8 @@ def plain(state):
 
 def same_run(a, b, step=20):
     """Weights, moments and the record of two runs are equal bit for bit."""
-    for key in ('weights', 'optimizer'):
-        assert plain(saved(a, step)[key]) == plain(saved(b, step)[key]), key
+    for part in ('model', 'optimizer'):
+        assert plain(saved(a, step)[part]) == plain(saved(b, step)[part]), part
     assert metrics(a) == metrics(b)
 
 
@@ -383,20 +394,20 @@ def install_events(job, rank):
         return real_rows(*args)
 
     def batch(self, g):
-        x, y = real_batch(self, g)
+        x, y, names = real_batch(self, g)
         if training:
             for number, row in zip(g, x.tolist()):
                 rows.write(json.dumps([number, row]) + '\n')
-        return x, y
+        return x, y, names
 
-    def forward(self, idx, targets=None, cache=None, reduction='mean'):
+    def forward(self, idx, targets=None, reduction='mean', position=0):
         nonlocal training
         if reduction == 'none':
             event('evaluate')
         elif training:
             event('train')
             training = False
-        return real_forward(self, idx, targets, cache, reduction)
+        return real_forward(self, idx, targets, reduction, position)
 
     def save(state, file):
         buffer = io.BytesIO()

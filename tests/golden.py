@@ -16,18 +16,21 @@ import torch
 
 
 def logged(folder):
-    """The rows of metrics.jsonl, without what the clock measured."""
+    """The rows of metrics.jsonl, without the run's id, its first row, and what the clock measured.
+    """
     rows = [json.loads(line) for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != 'tokens_per_s'} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ('run', 'tokens_per_s')}
+            for row in rows if row['event'] != 'start']
 
 
 def tensors(folder):
     """{name: tensor} of the newest checkpoint: weights, moments and steps of the optimizer."""
     path = max(Path(folder).glob('ckpt_????????.pt'))
     state = torch.load(path, map_location='cpu', weights_only=True)
-    found = {f'{path.name} {name}': weight for name, weight in state['weights'].items()}
-    for i, moments in state['optimizer']['state'].items():
-        found |= {f'{path.name} {name} of parameter {i}': t for name, t in moments.items()}
+    found = {f'{path.name} {name}': weight for name, weight in state['model']['weights'].items()}
+    for parameter, moments in state['optimizer']['moments'].items():
+        found |= {f'{path.name} {key} of {parameter}': moment for key, moment in moments.items()
+                  if torch.is_tensor(moment)}
     return found
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import crash, ends_well, metrics, plain, same_run, saved, stage
 
+import configurator
 import data
 import eval
 import train
+from support import checkpoints, record
 
 pytestmark = pytest.mark.usefixtures('fast', 'one_thread')
 EXAMPLE = 'test_method:Example'
@@ -24,6 +26,7 @@ class Knobs(train.Config):
 class Example(train.Method):
     """Pulled to where it started, slower in the embeddings, more replay while it forgets."""
     Config = Knobs
+    Parent = train.Method
 
     def start(self, model, saved):
         self.begin = saved['begin'] if saved else {n: p.detach().clone()
@@ -36,14 +39,15 @@ class Example(train.Method):
         groups[0]['params'] = [entry for entry in groups[0]['params'] if 'embed' not in entry[0]]
         return [*groups, {'params': slow, 'weight_decay': self.cfg.weight_decay, 'lr_factor': 0.25}]
 
-    def objective(self, model, x, y):
-        loss, values = super().objective(model, x, y)
-        plain_model = getattr(model, 'module', model)
-        distance = sum(((p - self.begin[n])**2).sum() for n, p in plain_model.named_parameters())
-        return loss + self.cfg.pull * distance, {'distance': distance, 'first': x[0, 0].float()}
+    def objective(self, model, x, y, sources):
+        loss, values = super().objective(model, x, y, sources)
+        distance = sum(((p - self.begin[n])**2).sum() for n, p in model.named_parameters())
+        replayed = sources.count('old') / len(sources)
+        return loss + self.cfg.pull * distance, {'distance': distance, 'first': x[0, 0].float(),
+                                                 'replayed': replayed}
 
-    def change_gradients(self, model, step):
-        return {'clock': step}
+    def change_gradients(self, model, step, batches):
+        return {'clock': step, 'rows': sum(len(x) for x, _, _ in batches)}
 
     def after_evaluation(self, step, val):
         if val['old']['loss'] > self.cfg.until:
@@ -68,7 +72,7 @@ def second(config):
 
 def test_a_method_that_replaces_nothing_changes_nothing(second):
     class Nothing(train.Method):
-        pass
+        Parent = train.Method
     ends_well(second('b'))
     ends_well(second('c'), method=Nothing)
     same_run('out/b', 'out/c', 12)
@@ -85,28 +89,28 @@ def test_the_objective_is_minimized_and_its_values_are_means(second):
     ends_well(second('c'), f'--pull={100 * pull}', method=Example)
     assert metrics('out/c', 'train')[-1]['distance'] < rows[-1]['distance']
     # the mean over micro-steps of what each saw first
-    cfg = train.configurator.load(Knobs, ['b.py'])[0]
-    source = train.open_source(cfg, 'new', 'train', key=cfg.seed)
-    old = train.open_source(cfg, 'old', 'train', key=1337)
+    cfg = configurator.load(Knobs, ['b.py'])[0]
+    source = data.open_source(cfg, 'new', 'train', key=cfg.seed)
+    old = data.open_source(cfg, 'old', 'train', key=1337)
     mixture = data.Mixture({'new': source, 'old': old},
                            [(0, data.mix_weights(cfg.train_data, cfg.replay_data, 0.1))])
     for row in rows:
-        x, _ = mixture.batch(range(4 * (row['step'] - 1), 4 * row['step']))
+        x, _, sources = mixture.batch(range(4 * (row['step'] - 1), 4 * row['step']))
         assert row['first'] == pytest.approx(x[:, 0].mean())
-        assert row['clock'] == row['step'] - 1
+        assert row['replayed'] == sources.count('old') / 4
+        assert row['clock'] == row['step'] - 1 and row['rows'] == 4
 
 
 def test_groups_have_rates_of_their_own(second):
     one_step = dict(max_steps=1, schedule='constant', warmup=0, weight_decay=0.0)
     ends_well(second('b', **one_step), method=Example)
-    before, after = saved('out/a')['weights'], saved('out/b', 1)['weights']
+    before, after = saved('out/a')['model']['weights'], saved('out/b', 1)['model']['weights']
     moved = {name: (after[name] - before[name]).abs().max().item() for name in after}
     # the first step of AdamW is the learning rate, whatever the gradient
     assert moved['embed_out.weight'] == pytest.approx(2e-3 / 4, rel=1e-3)
     assert moved['gpt_neox.layers.0.attention.dense.weight'] == pytest.approx(2e-3, rel=1e-3)
-    names = [name for group in saved('out/b', 1)['optimizer']['param_groups']
-             for name in group['param_names']]
-    assert sorted(names) == sorted(after) and names != list(after)
+    names = list(saved('out/b', 1)['optimizer']['moments'])
+    assert sorted(names) == sorted(after)
 
 
 @pytest.mark.parametrize('world', [1, 2])
@@ -126,8 +130,7 @@ def test_state_and_mixture_survive_kills(second, forked, world):
                method=EXAMPLE)
     assert forked(again, world, method=EXAMPLE)[0] == [0] * world
     same_run('out/b', 'out/c', 12)
-    assert plain(saved('out/b', 12)['method']) == plain(saved('out/c', 12)['method'])
-    assert saved('out/b', 12)['phases'] == saved('out/c', 12)['phases']
+    assert saved('out/b', 12)['progress'] == saved('out/c', 12)['progress']
 
 
 def test_two_processes_log_what_one_does(second, forked):
@@ -136,7 +139,7 @@ def test_two_processes_log_what_one_does(second, forked):
     assert forked([second('c', micro_batch_size=1), *argv], 2, method=EXAMPLE)[0] == [0, 0]
     for one, two in zip(metrics('out/b'), metrics('out/c')):
         assert one.keys() == two.keys()
-        for key in one.keys() - {'val', 'samples', 'event'}:
+        for key in one.keys() - {'val', 'samples', 'event', 'rows'}:
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
@@ -149,7 +152,7 @@ def test_logged_values_have_panels(second, monkeypatch):
     ends_well(second('b'), method=Example)
     assert [label for label in labels if label] == ['validation loss (nats per token)',
                                                     'learning rate', 'clock', 'distance', 'first',
-                                                    'share']
+                                                    'replayed', 'rows', 'share']
 
 
 def test_help_has_the_knobs_of_the_project(capsys):
@@ -171,10 +174,15 @@ def test_bad_knobs_of_a_project(second, fails):
 
 
 def test_a_run_of_a_project_is_not_resumed_without_it(second, fails, monkeypatch):
-    crash([second('b'), '--save_every=1'], 5, monkeypatch)
-    ends_well(second('b'), '--save_every=1', '--overwrite=true', method=Example)
-    fails(second('b'), '--max_steps=13', says=['max_steps'])
-    fails(second('b'), says=['pull', 'unknown'])
+    class Silent(train.Method):
+        """It has no knobs of its own, which could tell it from another."""
+        Parent = train.Method
+
+    crash([second('b'), '--save_every=1'], 5, monkeypatch, Silent)
+    fails(second('b'), '--save_every=1', says=['the method', 'Silent', 'train:Method'])
+    ends_well(second('b'), '--save_every=1', method=Silent)
+    fails(second('b'), '--save_every=1', says=['the method', 'Silent'])     # nor is it finished
+    fails(second('b'), '--max_steps=13', says=['max_steps', '12', '13'], method=Silent)
 
 
 # ------------------------------------------------------------------------------
@@ -185,13 +193,11 @@ def test_a_run_of_a_project_is_not_resumed_without_it(second, fails, monkeypatch
 @pytest.mark.parametrize('kernels', ['torch', 'auto'])
 def test_frozen_parameters_stay(second, pattern, kernels):
     ends_well(second('b', freeze=[pattern], kernels=kernels))
-    before, after = saved('out/a')['weights'], saved('out/b', 12)['weights']
+    before, after = saved('out/a')['model']['weights'], saved('out/b', 12)['model']['weights']
     for name in after:
         assert torch.equal(before[name], after[name]) == fnmatch.fnmatchcase(name, pattern), name
-    optimizer = saved('out/b', 12)['optimizer']
-    names = [name for group in optimizer['param_groups'] for name in group['param_names']]
+    names = list(saved('out/b', 12)['optimizer']['moments'])
     assert names and not fnmatch.filter(names, pattern)
-    assert len(optimizer['state']) == len(names)
 
 
 def test_two_processes_freeze_alike(second, forked):
@@ -208,15 +214,12 @@ def test_moments_follow_the_names(second):
     """Under keep_optimizer, each parameter gets its own moments, however they are grouped."""
     frozen = ['*embed_in*', '*mlp*']
     ends_well(second('b', keep_optimizer=True, max_steps=1, warmup=0, freeze=frozen))
-    before, after = saved('out/a')['optimizer'], saved('out/b', 1)['optimizer']
-
-    def moments(optimizer):
-        return {name: optimizer['state'][i]['exp_avg_sq'] for group in optimizer['param_groups']
-                for name, i in zip(group['param_names'], group['params'])}
-    before, after = moments(before), moments(after)
+    before = saved('out/a')['optimizer']['moments']
+    after = saved('out/b', 1)['optimizer']['moments']
     assert len(after) < len(before)
-    for name, moment in after.items():
-        assert (moment >= 0.949 * before[name]).all() and moment.shape == before[name].shape
+    for name, moments in after.items():
+        moment, earlier = moments['exp_avg_sq'], before[name]['exp_avg_sq']
+        assert (moment >= 0.949 * earlier).all() and moment.shape == earlier.shape
 
 
 def test_what_cannot_be_frozen(second, fails):
@@ -235,12 +238,14 @@ def test_weights_made_elsewhere_start_a_stage(second, fails):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
-    train.save_weights('out/grown/ckpt_00000000.pt', model, state)
-    train.save_weights('out/bare.pt', model, {})
+    checkpoints.save_weights('out/grown/ckpt_00000000.pt', model, state)
+    checkpoints.save_weights('out/bare.pt', model, {})
     ends_well(path, '--init_from=out/grown')
     ends_well(second('c'), '--init_from=out/bare.pt')
     same = [metrics(f'out/{run}', 'train')[0]['loss'] for run in 'bc']
     assert same[0] == pytest.approx(same[1], rel=0.1)
-    assert eval.Run('out/b').old == ['old'] and eval.Run('out/c').old == []
-    fails(second('d'), '--init_from=', '--branch_from=out/grown', '--max_steps=40',
+    assert eval.Run('out/b').old == eval.Run('out/c').old == ['old']        # c replays it
+    ends_well(second('d', replay=0.0, replay_data={}), '--init_from=out/bare.pt')
+    assert eval.Run('out/d').old == []
+    fails(second('e'), '--init_from=', '--branch_from=out/grown', '--max_steps=40',
           says=['moments'])
