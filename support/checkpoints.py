@@ -237,6 +237,7 @@ def check_progress(progress, stage):
             require(re.fullmatch(r'\d{1,200}(/[1-9]\d{0,199})?', weight), f'{weight!r:.50} is no '
                     'weight of a source')
         require(any(int(weight.split('/')[0]) for weight in weights.values()), 'a mix is empty')
+    require(before >= 0, 'there are no mixes')
 
 
 # ------------------------------------------------------------------------------
@@ -316,6 +317,9 @@ def save_weights(path, model, parent):
 # ------------------------------------------------------------------------------
 # The optimizer's part
 
+ADAMW = {'step', 'exp_avg', 'exp_avg_sq'}       # what it keeps of a parameter
+
+
 class Moments:
     """What an optimizer and a Method keep from step to step, by the names of parameters."""
 
@@ -359,9 +363,11 @@ class Moments:
                 for p, i in zip(group['params'], numbers['params']):
                     name = self.names[p]
                     if saved:                           # there are none before the first step
-                        require(name in saved, f'{where}: there are no moments of {name}.')
-                        own['state'][i] = {key: moment(key, value, p, f'{where}: {key} of {name}')
-                                           for key, value in saved[name].items()}
+                        is_whole = name in saved and (kind != 'AdamW' or ADAMW <= set(saved[name]))
+                        require(is_whole, f'{where}: there are no moments of {name}.')
+                        own['state'][i] = {
+                            key: moment(key, value, p, f'{where}: of the moments, {key} of {name}')
+                            for key, value in saved[name].items()}
             self.optimizer.load_state_dict(own)
             for group, changed in zip(self.optimizer.param_groups, part['groups']):
                 group.update({key: value for key, value in changed.items() if key in group})
@@ -379,12 +385,13 @@ def options_of(group):
 
 def moment(key, value, p, where):
     """A value of an optimizer's state, in the form that it has for a parameter."""
-    if not torch.is_tensor(value) or value.dim() == 0:
+    is_tensor = torch.is_tensor(value) and value.dim() > 0
+    is_like_p = is_tensor and value.shape == p.shape
+    if key in ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'):
+        require(is_like_p and value.dtype == torch.float32, f'{where} does not fit the weights.')
+    require(key != 'step' or not is_tensor, f'{where} is no number.')
+    if not is_tensor:
         return value
-    is_like_p = value.shape == p.shape
-    is_adams = key in ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq')
-    fits = is_like_p and value.dtype == torch.float32 or not is_adams
-    require(fits, f'{where} does not fit the weights.')
     require(is_like_p or not parallel.is_share(p), f'{where} has another shape than the parameter, '
             "so a sharded model cannot take it. Use parallel = 'ddp'.")
     return parallel.share_of(value, p) if is_like_p else value.clone()

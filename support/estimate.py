@@ -28,8 +28,8 @@ def list_stages(stages):
             model = method_class(cfg).model(shape)
         tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
         hours = tokens * model.flops_per_token() / speed / 3600 / world_size()
-        say(f'  {number}  {cfg.out_dir}: {model.num_params():,} parameters, {cfg.max_steps:,} steps, '
-            f'{tokens:,} tokens, at least {in_words(hours)} here')
+        say(f'  {number}  {cfg.out_dir}: {model.num_params():,} parameters, '
+            f'{cfg.max_steps:,} steps, {tokens:,} tokens, at least {in_words(hours)} here')
 
 
 def shape_of(cfg):
@@ -79,7 +79,7 @@ def in_words(hours):
 # python train.py CONFIG --plan
 
 def plan(stages, train):
-    """Train five steps of every stage, from random weights, and say how long all of it will take."""
+    """Train five steps of every stage, from random weights, and say how long all will take."""
     total = 0
     for cfg, origin, method_class in stages:
         with tempfile.TemporaryDirectory() as folder:

@@ -285,7 +285,8 @@ def fail(program, error):
     """Print what an error means to the user -> exit code. A bug of the program is raised again."""
     text = str(error)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if is_memory or 'out of memory' in text or "can't allocate memory" in text:
+    signs = 'out of memory', "can't allocate memory", 'bad_alloc'
+    if is_memory or any(sign in text for sign in signs):
         text = (f'out of memory ({text[:200]}). Lower micro_batch_size, or use '
                 '--checkpoint_activations=true. A run that has saved can be resumed so.')
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -43,7 +43,7 @@ def make_documents(letters, seed, n=60):
 
 def pytest_configure(config):
     for marker in ('pictures: draws the curve of a run, which takes a second',
-                   'plain_model: compares model.py with a GPT-NeoX, so it is red when you change it',
+                   'plain_model: compares model.py with a GPT-NeoX, so a change turns it red',
                    'quick: one of those that take a minute together'):
         config.addinivalue_line('markers', marker)
 

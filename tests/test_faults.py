@@ -19,7 +19,9 @@ from conftest import (before_batch, contents, crash, ends_well, evaluated, metri
 import eval
 import train
 from configurator import UserError
-from model import GPTNeoX, GPTNeoXConfig, save_hf
+from model import GPTNeoX, GPTNeoXConfig
+from support import checkpoints, processes
+from support.huggingface import save_hf
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'fast')
 
@@ -58,13 +60,12 @@ def test_a_truncated_checkpoint_is_passed_over(config, killed, capsys, keep):
 
 def test_without_a_whole_checkpoint_no_run_starts_over(killed, fails):
     name = killed('a')
-    for path in eval.checkpoints('out/a').values():
+    for path in checkpoints.find('out/a').values():
         path.write_bytes(b'')
     before = contents('out/a')
     for _ in range(2):                                              # nor at the second attempt
-        fails(name, says=['out/a', 'no checkpoint is whole', '--overwrite=true'])
+        fails(name, says=['out/a', 'no checkpoint is whole', 'delete it'])
     assert contents('out/a') == before
-    ends_well(name, '--overwrite=true')
 
 
 NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
@@ -84,14 +85,14 @@ def test_what_cannot_be_read_is_not_damaged(killed, fails, monkeypatch, owner, f
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fail)
         said = fails(name, says=['out/a/ckpt_00000010.pt', 'Nothing was changed'])
-    assert contents('out/a') == before and 'overwrite' not in said
+    assert contents('out/a') == before and 'delete' not in said
     ends_well(name)
 
 
 def test_flipped_bits_are_detected(killed):
     killed('a')
     path = Path('out/a/ckpt_00000010.pt')
-    raw, whole = path.read_bytes(), plain(eval.read_checkpoint(path))
+    raw, whole = path.read_bytes(), plain(checkpoints.read(path))
     seed = random.randrange(10**6)
     print('seed', seed)
     draw = random.Random(seed)
@@ -107,9 +108,9 @@ def test_flipped_bits_are_detected(killed):
         flipped[offset] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
         try:
-            state = eval.read_checkpoint(path)
+            state = checkpoints.read(path)
         except UserError as error:
-            assert str(path) in str(error) and isinstance(error, eval.Damaged), error
+            assert str(path) in str(error) and isinstance(error, checkpoints.Damaged), error
             continue
         assert not must_be_found, offset
         assert plain(state) == whole, offset                        # padding, or a date
@@ -148,17 +149,25 @@ def changed(state, where, value):
     return state
 
 
-WRONG = [(key, value) for key in eval.CONTENTS for value in (..., None, 'x', 3.5)]
-WRONG += [('model', {'hidden_size': 'x'}), ('model', {'hidden_size': 64}), ('model/hidden_sise', 3),
-          ('phases', [(0, {'x': '1'})]), ('starts', {'old': 'x'}), ('data', {}), ('data/old', None),
-          ('config', {}), ('weights', {}), ('weights/embed_out.weight', ...),
-          ('weights/embed_out.weight', 3), ('weights/embed_out.weight', torch.zeros(384, 16)),
-         ('step', True), ('step', 10**30), ('start_step', 11), ('kept', [None]), ('phases', [None]),
-         ('phases', [(0, 5)]), ('trained_on', [[]]), ('positions', {'old': None}),
-         ('batch', {}), ('batch/seed', 'x'), ('batch/batch_size', 3.5), ('batch/batch_size', -1),
-         ('model/num_hidden_layers', 10**9), ('model/vocab_size', 10**15),
-         ('config/val_data', 5), ('config/seed', torch.zeros(3)),
-         ('weights/embed_out.weight', torch.full((384, 32), float('nan')))]
+WRONG = [(f'{part}/{key}', value) for part in checkpoints.PARTS if part != 'optimizer'
+         for key in checkpoints.CONTENTS[part] if key != 'tokenizer' for value in (..., None, 3.5)]
+WRONG += [(part, value) for part in checkpoints.PARTS for value in (..., None, 'x', 3.5)]
+WRONG += [('model', {}), ('history', {}), ('config', ...), ('config', None),
+          ('model/shape', {'hidden_size': 'x'}), ('model/shape', {'hidden_size': 64}),
+          ('model/shape/hidden_sise', 3), ('model/shape/num_hidden_layers', 10**9),
+          ('model/shape/vocab_size', 10**15),
+          ('model/weights', {}), ('model/weights/embed_out.weight', ...),
+          ('model/weights/embed_out.weight', 3),
+          ('model/weights/embed_out.weight', torch.zeros(384, 16)),
+          ('model/weights/embed_out.weight', torch.full((384, 32), float('nan'))),
+          ('history/sources/old', None), ('history/sources/old/read', 'x'),
+          ('progress/step', True), ('progress/step', 10**30), ('stage/start_step', 11),
+          ('progress/seed', 'x'), ('progress/batch_size', 3.5), ('progress/batch_size', -1),
+          ('progress/skips', {'old': 2**63}), ('progress/skips', {'old': 'x'}),
+          ('config/seed', torch.zeros(3))]
+WRONG += [('progress/mixes', mixes) for mixes in (
+    [None], [(0, 5)], [], [(5, {'old': '1'})], [(0, {'old': '1e999999999'})], [(0, {'old': 'nan'})],
+    [(0, {'old': '0'})], [(0, {'old': '1/0'})], [(0, {'x': '1'})], [(0, {'old': 1})])]
 
 
 def test_a_checkpoint_with_missing_or_wrong_values_is_an_error(killed, fails):
@@ -170,23 +179,17 @@ def test_a_checkpoint_with_missing_or_wrong_values_is_an_error(killed, fails):
         torch.save(changed(state, where, value), path)
         fails(name)
         assert metrics('out/a') == before
-    # what older runs did not know, or what only fp16 needs, may be missing
-    for key in ('scaler', 'config/label', 'config/continue_data'):
-        state = changed(state, key, ...)
     torch.save(state, path)
     ends_well(name)
 
 
-WRONG_MOMENTS = [('optimizer', ...), ('optimizer', 3), ('optimizer', {}),
-                 ('optimizer', torch.zeros(3)), ('optimizer/state', {0: {}}),
-                 ('optimizer/state/0', ...),
-                 ('optimizer/state/0', None), ('optimizer/state/0/step', ...),
-                 ('optimizer/state/0/step', 'x'), ('optimizer/state/0/step', torch.zeros(3)),
-                 ('optimizer/state/0/exp_avg', ...), ('optimizer/state/0/exp_avg', 3),
-                 ('optimizer/state/0/exp_avg', torch.zeros(3)),
-                 ('optimizer/state/3/exp_avg_sq', torch.zeros(1)),
-                 ('optimizer/state/0/exp_avg_sq', torch.zeros(384, 32, dtype=torch.int64)),
-                 ('optimizer/param_groups', []), ('optimizer/param_groups', ...)]
+FIRST = 'gpt_neox.embed_in.weight'
+WRONG_MOMENTS = [('optimizer', {}), ('optimizer/kind', 'SGD'), ('optimizer/moments', {FIRST: {}})]
+WRONG_MOMENTS += [(f'optimizer/moments/{FIRST}{rest}', value) for rest, value in (
+    ('', ...), ('', None), ('/step', ...), ('/step', 'x'), ('/step', torch.zeros(3)),
+    ('/exp_avg', ...), ('/exp_avg', 3), ('/exp_avg', torch.zeros(3)),
+    ('/exp_avg_sq', torch.zeros(1)),
+    ('/exp_avg_sq', torch.zeros(384, 32, dtype=torch.int64)))]
 
 
 def test_moments_that_do_not_fit_never_reach_the_optimizer(config, killed, fails):
@@ -195,13 +198,13 @@ def test_moments_that_do_not_fit_never_reach_the_optimizer(config, killed, fails
     for where, value in WRONG_MOMENTS:
         print(where, value)
         torch.save(changed(state, where, value), path)
-        fails(name, says=['resume', 'moments'])
-    fails(config('b', branch_from=str(path)), says=['branch_from', 'moments'])
-    fails(stage(config, 'b', init_from=str(path), keep_optimizer=True),
-          says=['keep_optimizer', 'moments'])
+        fails(name, says=['moments'])
+    fails(config('b', branch_from=str(path)), says=['moments'])
+    fails(stage(config, 'b', init_from=str(path), keep_optimizer=True), says=['moments'])
     ends_well(stage(config, 'b', init_from=str(path)))              # the weights are all right
     save_weights('hf')
-    fails(stage(config, 'c', init_from='hf', keep_optimizer=True), says=['keep_optimizer'])
+    fails(stage(config, 'c', init_from='hf', keep_optimizer=True),
+          says=['keep_optimizer', 'moments'])
 
 
 @pytest.mark.parametrize('error', [
@@ -221,19 +224,19 @@ def test_a_full_memory_is_one_message(config, killed, fails, monkeypatch, error)
 # What is kept, and a full disk
 
 def test_retention(config):
-    ends_well(config('a', save_every=3, keep_last=2, milestones=[0, 4, 9, 10]))
-    assert list(eval.checkpoints('out/a')) == [0, 4, 9, 10, 18, 20]
-    assert saved('out/a', 0)['step'] == 0 and saved('out/a', 4)['step'] == 4
+    """The newest two stay, and the milestones."""
+    ends_well(config('a', save_every=3, milestones=[0, 4, 9, 10]))
+    assert list(checkpoints.find('out/a')) == [0, 4, 9, 10, 18, 20]
+    assert saved('out/a', 0)['progress']['step'] == 0 and saved('out/a', 4)['progress']['step'] == 4
 
 
-def test_a_resume_keeps_what_the_earlier_start_kept(config, killed, monkeypatch):
-    killed('a', milestones=[3, 5], keep_last=1)
-    ends_well(config('a', keep_last=1))
-    assert list(eval.checkpoints('out/a')) == [3, 5, 20]
-    crash([config('b', save_every=2)], 9, monkeypatch)              # keep_last = 0: all
-    crash([config('b', save_every=5, keep_last=1)], 5, monkeypatch)
-    ends_well(config('b', save_every=5, keep_last=1))
-    assert list(eval.checkpoints('out/b')) == [2, 4, 6, 8, 20]
+def test_a_damaged_newest_checkpoint_does_not_push_out_what_is_saved(config, killed, forked):
+    """What is newer than the step that is saved was damaged, or the run had resumed from it."""
+    name = killed('a')
+    Path('out/a/ckpt_00000010.pt').write_bytes(b'')
+    Path('out/a/ckpt_00000015.pt').write_bytes(b'')
+    assert forked([name], at=('batch', 3), signals=[signal.SIGTERM])[0] == [0]
+    assert list(checkpoints.find('out/a')) == [5, 8]
 
 
 @pytest.mark.parametrize('error', [
@@ -252,7 +255,7 @@ def test_a_full_disk_loses_nothing(config, fails, monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'save', save)
         fails(name, says=['ckpt_00000010.pt', str(error), 'GB are free', 'same command again'])
-    assert list(eval.checkpoints('out/a')) == [5]
+    assert list(checkpoints.find('out/a')) == [5]
     assert not list(Path('out/a').glob('*partial'))
     ends_well(name)
     same_run('out/whole', 'out/a')
@@ -264,7 +267,7 @@ def test_a_disk_that_is_full_from_the_start_names_the_file(config, fails, monkey
     name = config('a')
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', full)
-        fails(name, says=['out/a/config.json', 'Make room'])
+        fails(name, says=['out/a/metrics.jsonl', 'Make room'])
     assert not Path('out/a').exists()
     ends_well(name)
 
@@ -278,7 +281,8 @@ def test_a_folder_in_use_by_another_run(config, fails, monkeypatch):
 
     def start_again():                                              # while this run trains
         tried.append(fails(name, says=['out/a', 'in use', 'out_dir']))
-        fails(config('a', seed=3), '--overwrite=true', says=['in use'])
+        fails(config('a', seed=3), says=['in use'])
+        config('a')
     with monkeypatch.context() as patch:
         before_batch(patch, 2, start_again)
         ends_well(name)
@@ -289,17 +293,16 @@ def test_a_folder_in_use_by_another_run(config, fails, monkeypatch):
 def test_folders_that_hold_something_else_are_not_written_into(config, fails):
     ends_well(config('a'))
     shutil.copytree('out/a', 'removed')
-    for path in eval.checkpoints('removed').values():
+    for path in checkpoints.find('removed').values():
         path.unlink()
     save_weights('hf')
     Path('mine').mkdir()
     Path('mine/thesis.tmp').write_text('mine')
     for folder, changes, says in (
             ('out/a', dict(seed=8, beta2=0.99), ['seed', '1337', '8', 'beta2', '0.95', '0.99']),
-            ('removed', {}, ['no checkpoint', '--overwrite=true']),
-            ('removed', dict(seed=8), ['seed', '--overwrite=true']),
-            ('hf', {}, ['another']), ('mine', {}, ['another']),
-            ('hf', dict(overwrite=True), ['another']), ('mine', dict(overwrite=True), ['another'])):
+            ('removed', {}, ['no checkpoint', 'delete it']),
+            ('removed', dict(seed=8), ['seed', 'delete that run']),
+            ('hf', {}, ['another']), ('mine', {}, ['another'])):
         before = contents(folder)
         fails(config('a', out_dir=folder, **changes), says=[folder, *says])
         fails(stage(config, 'b', init_from='a.py'), says=[folder])  # nor as the parent of another
@@ -307,14 +310,14 @@ def test_folders_that_hold_something_else_are_not_written_into(config, fails):
 
 
 def test_only_files_of_the_run_itself_are_removed(killed):
-    name = killed('a', keep_last=1)
+    name = killed('a')
     names = ('thesis.tmp', 'ckpt_original.pt', 'ckpt_00000007.tmp', 'ckpt_5.pt')
     for file in names:
         Path('out/a', file).write_text('mine')
     Path('out/a/cache.tmp').mkdir()
     ends_well(name)
     assert all(Path('out/a', file).read_text() == 'mine' for file in names)
-    assert list(eval.checkpoints('out/a')) == [20]
+    assert list(checkpoints.find('out/a')) == [15, 20]
 
 
 @pytest.mark.pictures
@@ -327,7 +330,7 @@ def test_nothing_is_written_through_a_link(killed):
             path.symlink_to(Path('victim').resolve())
     ends_well(name)
     assert Path('victim').read_text() == 'mine'
-    assert saved('out/a', 15)['step'] == 15 and evaluated('out/a')[-1] == 20
+    assert saved('out/a', 15)['progress']['step'] == 15 and evaluated('out/a')[-1] == 20
     assert Path('out/a/forgetting.png').read_bytes()[:4] == b'\x89PNG'
 
 
@@ -336,7 +339,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(config, fails, 
         raise KeyboardInterrupt
     fails(config('a', train_data={'odl': 1.0}), says=['odl'])
     fails(config('a', hidden_size=33), says=['33'])
-    monkeypatch.setattr(train, 'get_batch', interrupt)
+    monkeypatch.setattr(train.fast_path, 'check', interrupt)
     assert train.main([config('a')]) == 130
     assert not Path('out/a').exists()
     Path('mine').mkdir()                                            # this one is not the run's
@@ -389,7 +392,7 @@ def test_a_second_starter_waits_for_the_upstream_run(config, monkeypatch):
             assert 'out/up' in lines[0]
             shutil.copytree('elsewhere', 'out/up', dirs_exist_ok=True)
             os.close(other)
-    monkeypatch.setattr(train, 'say', say)
+    monkeypatch.setattr(processes, 'say', say)
     ends_well(stage(config, 'b', init_from='up.py'))
     assert contents('out/up') == contents('elsewhere')              # it was not trained once more
 
@@ -400,61 +403,9 @@ def test_a_signal_in_the_last_evaluation_upstream_is_not_passed_on(config, forke
     shutil.rmtree('out/up')
     name = stage(config, 'b', init_from='up.py')
     assert forked([name], at=('evaluate', 10), signals=[signal.SIGTERM])[0] == [0]
-    assert not eval.checkpoints('out/b')
+    assert not checkpoints.find('out/b')
     assert forked([name])[0] == [0]
     same_run('out/whole', 'out/b', 12)
-
-
-# ------------------------------------------------------------------------------
-# --overwrite
-
-def test_overwrite_trains_from_the_start(config):
-    ends_well(config('a'))
-    ends_well(config('b', seed=2, save_every=7))
-    ends_well(config('a', out_dir='out/b'), '--overwrite=true')
-    same_run('out/a', 'out/b')
-    assert list(eval.checkpoints('out/b')) == [0, 5, 10, 15, 20]    # with the one that replaced b
-
-
-def test_overwrite_replaces_nothing_before_its_own_first_checkpoint(config, forked):
-    ends_well(config('a', seed=2))
-    before = contents('out/a')
-    name = config('a')
-    for at in (('save', 1), ('fsync', 1), ('replace', 1)):
-        assert forked([name, '--overwrite=true'], at=at)[0] == [-9]
-        now = contents('out/a')
-        now.pop('ckpt_00000000.pt.rewarm-partial')
-        assert now == before
-    assert forked([name, '--overwrite=true'], at=('batch', 8), signals=[signal.SIGTERM])[0] == [0]
-    assert list(eval.checkpoints('out/a')) == [0, 5, 8]
-    assert 'without --overwrite' in Path('stdout_0').read_text()
-    assert forked([name])[0] == [0]                                 # which resumes it
-    assert forked([name, '--out_dir=whole'])[0] == [0]
-    same_run('whole', 'out/a')
-
-
-def test_overwrite_checks_everything_first(config, fails, monkeypatch):
-    ends_well(config('a', max_steps=5, warmup=0))
-    before = contents('out/a')
-    for module in ('wandb', 'tensorboard', 'torch.utils.tensorboard'):
-        monkeypatch.setitem(sys.modules, module, None)              # as if it were not installed
-    for changes, says in (
-            (dict(wandb=True), 'pip install wandb'), (dict(hidden_size=33), '33'),
-            (dict(tensorboard=True), 'pip install tensorboard'), (dict(warmup=99), "'decay'"),
-            (dict(train_data={'odl': 1.0}), 'odl'), (dict(init_from='nowhere'), 'nowhere')):
-        fails(config('a', **changes), '--overwrite=true', says=[says])
-        assert contents('out/a') == before
-
-
-def test_a_run_may_start_from_the_one_that_it_overwrites(config, forked):
-    ends_well(config('a'))
-    ends_well(stage(config, 'whole', init_from='out/a'))
-    name = stage(config, 'a', init_from='out/a')
-    assert forked([name, '--overwrite=true'], at=('save', 1))[0] == [-9]
-    assert max(eval.checkpoints('out/a')) == 20                     # the parent is still there
-    assert forked([name, '--overwrite=true'], at=('batch', 3))[0] == [-9]
-    assert forked([name])[0] == [0]
-    same_run('out/whole', 'out/a', 12)
 
 
 # ------------------------------------------------------------------------------
@@ -473,8 +424,8 @@ def test_a_replaced_shard_is_noticed_on_resume(corpora, killed, fails, split):
     raw = bytearray(file.read_bytes())
     raw[1024:] = raw[1024:][2:] + raw[-2:]                          # other ids, the same size
     file.write_bytes(raw)
-    fails(name, says=['old', 'changed', '--overwrite=true'])
-    assert list(eval.checkpoints('out/a')) == [5, 10]
+    fails(name, says=['old', 'changed', 'another out_dir'])
+    assert list(checkpoints.find('out/a')) == [5, 10]
 
 
 # ------------------------------------------------------------------------------
@@ -499,7 +450,7 @@ def test_a_picture_that_cannot_be_drawn_is_no_error(config, capsys, monkeypatch)
     monkeypatch.setattr(eval, 'plot', lambda *args: 1 / 0)
     ends_well(config('a', max_steps=5, warmup=1))
     said = capsys.readouterr().out
-    assert 'could not be drawn' in said and list(eval.checkpoints('out/a')) == [5]
+    assert 'could not be drawn' in said and list(checkpoints.find('out/a')) == [5]
 
 
 def test_a_terminal_without_unicode_is_no_error(config, monkeypatch):

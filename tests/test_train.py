@@ -30,6 +30,11 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'fast')
 NEW = {'train_data': {'new': 1.0}}
 
 
+def weights(run, step=20):
+    """The weights of a checkpoint as bytes."""
+    return plain(saved(run, step)['model']['weights'])
+
+
 @pytest.fixture
 def batches(monkeypatch):
     """The inputs [B, T] that are trained on, one array for each micro-batch, in order."""
@@ -132,7 +137,7 @@ def test_one_batch_is_learned_by_heart(config):
 def test_evaluating_changes_nothing(config):
     ends_well(config('often', eval_every=1))
     ends_well(config('seldom', eval_every=1000))
-    assert plain(saved('out/often')['model']['weights']) == plain(saved('out/seldom')['model']['weights'])
+    assert weights('out/often') == weights('out/seldom')
     assert losses('out/often') == losses('out/seldom')
     assert evaluated('out/often') == list(range(21))
     assert evaluated('out/seldom') == [0, 20]                       # always the first and the last
@@ -173,8 +178,8 @@ def test_the_record_is_complete(config, capsys):
     assert kept['origin']['hidden_size'].startswith('a.py:')
     assert kept['origin']['beta2'] == 'default'
     assert kept['derived']['tokens_per_step'] == 128 and kept['derived']['total_tokens'] == 2560
-    weights = saved('out/a')['model']['weights']
-    assert kept['derived']['parameters'] == sum(tensor.numel() for tensor in weights.values())
+    tensors = saved('out/a')['model']['weights'].values()
+    assert kept['derived']['parameters'] == sum(tensor.numel() for tensor in tensors)
     assert {'command', 'commit', 'python', 'torch', 'numpy'} <= set(kept)
     rows = metrics('out/a', 'train')
     assert [row['step'] for row in rows] == [1, 7, 14, 20]
@@ -231,7 +236,7 @@ def test_an_interruption_at_any_evaluation_or_save_leaves_no_trace(config, forke
             assert codes == [code] and not err
             assert forked([name])[0] == [0]
             assert metrics('whole') == metrics('out/a'), (at, number)
-            assert plain(saved('whole', 40)['model']['weights']) == plain(saved('out/a', 40)['model']['weights'])
+            assert weights('whole', 40) == weights('out/a', 40)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -580,9 +585,9 @@ def test_a_nan_stops_before_the_update(config, fails, monkeypatch):
         before_batch(patch, 7, lambda: here.append(1))
         fails(name, says=['step 6', 'nan', 'learning_rate', '5'])
     assert list(checkpoints.find('out/a')) == [5]
-    assert plain(saved('out/a', 5)['model']['weights']) == plain(saved('out/good', 5)['model']['weights'])
+    assert weights('out/a', 5) == weights('out/good', 5)
     ends_well(name, '--log_every=1')                                # it can be resumed
-    assert plain(saved('out/a')['model']['weights']) == plain(saved('out/good')['model']['weights'])
+    assert weights('out/a') == weights('out/good')
 
 
 def test_an_infinite_gradient_stops_too(config, fails, monkeypatch):
