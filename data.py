@@ -444,7 +444,12 @@ class Plan:
         if start.model:
             self.vocab_size = start.model['shape']['vocab_size']
         self.tokenizer = one_tokenizer(self.opened, start.history.get('tokenizer'))
-        self.notes += check_ids(self.opened, self.vocab_size)
+        self.notes += limit_ids(self.opened, self.vocab_size)
+
+        unknown = sorted(self.named('replay_data') - set(self.seen)) if self.seen else []
+        if unknown:
+            self.notes.append(f'NOTE: {", ".join(unknown)} is replayed, but no earlier stage has '
+                              'read it under this name: to this run it is new data.')
 
         # a process takes its rows of a batch in micro-batches of equal size
         self.micro_batch_size, self.micro_steps = micro_batches(
@@ -488,15 +493,17 @@ class Plan:
         def is_taught_by(sources):
             return any(teaches(source, name) for source in sources)
 
-        was_known = is_taught_by({*self.seen, *self.cfg.old_data})
+        # of weights from elsewhere, what is replayed must be what they know
+        replayed = set() if self.seen else read & self.named('replay_data')
+        was_known = is_taught_by({*self.seen, *self.cfg.old_data, *replayed})
         if not was_known and not is_taught_by(read):
             return 'never trained on'
         if not start.model:
             return 'training data'                      # from scratch nothing is old
-        if not is_taught_by(read & self.named('train_data')):
-            return 'old data'
         if not was_known:
             return 'new data'
+        if not is_taught_by(read & self.named('train_data')):
+            return 'old data'
         # a new stage reads it again, and a branch goes on with it
         return 'training data' if start.progress else 'the same data again'
 
@@ -619,7 +626,7 @@ def one_tokenizer(sources, known=None):
     return known
 
 
-def check_ids(sources, vocab_size):
+def limit_ids(sources, vocab_size):
     """UserError unless the ids of {label: Source} fit a model of so many -> [a warning] or [].
 
     From here on, larger ids are refused when they are read. As not every header says everything, 8

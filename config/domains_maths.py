@@ -10,10 +10,10 @@ base = 'config/rewarm_docs_maths.py'
 out_dir = 'out/domains_maths'
 
 # matplotlib has 1.2, networkx 1.6 and sympy 3.0 of the 5.9 million tokens of `maths`
-train_data = {'maths_matplotlib': 1}
-switches = [{'step': 60, 'train_data': {'maths_networkx': 1}},
-            {'step': 143, 'train_data': {'maths_sympy': 1}}]
+train_data = {'maths/matplotlib': 1}
+switches = [{'step': 60, 'train_data': {'maths/networkx': 1}},
+            {'step': 143, 'train_data': {'maths/sympy': 1}}]
 replay_data = {}
 replay = 0
-val_data = ['docs', 'maths', 'maths_matplotlib', 'maths_networkx', 'maths_sympy']
+val_data = ['docs', 'maths', 'maths/matplotlib', 'maths/networkx', 'maths/sympy']
 eval_every = 25

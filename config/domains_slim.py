@@ -22,13 +22,13 @@ _github = _commoncrawl + 6914       #                     15.63B     5.224
 _stackexchange = _github + 4462     #                     10.09B     3.371
 _wikipedia = _stackexchange + 5291  #                     11.96B     3.997
 
-train_data = {'slim_arxiv': 1}
-switches = [{'step': _arxiv, 'train_data': {'slim_book': 1}},
-            {'step': _book, 'train_data': {'slim_c4': 1}},
-            {'step': _c4, 'train_data': {'slim_commoncrawl': 1}},
-            {'step': _commoncrawl, 'train_data': {'slim_github': 1}},
-            {'step': _github, 'train_data': {'slim_stackexchange': 1}},
-            {'step': _stackexchange, 'train_data': {'slim_wikipedia': 1}}]
+train_data = {'slimpajama/arxiv': 1}
+switches = [{'step': _arxiv, 'train_data': {'slimpajama/book': 1}},
+            {'step': _book, 'train_data': {'slimpajama/c4': 1}},
+            {'step': _c4, 'train_data': {'slimpajama/commoncrawl': 1}},
+            {'step': _commoncrawl, 'train_data': {'slimpajama/github': 1}},
+            {'step': _github, 'train_data': {'slimpajama/stackexchange': 1}},
+            {'step': _stackexchange, 'train_data': {'slimpajama/wikipedia': 1}}]
 replay_data = {}
 replay = 0
 max_steps = _wikipedia              # 132,363

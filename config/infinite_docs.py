@@ -12,9 +12,9 @@ checkpoint from which a model can be released: config/README.md has the commands
 base = 'config/pretrain_docs.py'
 out_dir = 'out/infinite_docs'
 
-train_data = {'docs_1of3': 1}
-switches = [{'step': 300, 'train_data': {'docs_2of3': 1}},
-            {'step': 600, 'train_data': {'docs_3of3': 1}}]
+train_data = {'docs/1of3': 1}
+switches = [{'step': 300, 'train_data': {'docs/2of3': 1}},
+            {'step': 600, 'train_data': {'docs/3of3': 1}}]
 val_data = ['docs']
 max_steps = 900
 

@@ -12,7 +12,7 @@ first and the second split:
     --branch_from=out/infinite_slim/ckpt_00037595.pt --anneal=37595 --max_steps=44229 \
 --out_dir=out/infinite_slim_1 --switches="[]" --milestones="[]"
     --branch_from=out/infinite_slim/ckpt_00081824.pt --anneal=81824 --max_steps=88458 \
---out_dir=out/infinite_slim_2 --switches="[]" --milestones="[]" --train_data="{'slimpajama_2': 1}"
+--out_dir=out/infinite_slim_2 --switches="[]" --milestones="[]" --train_data="{'slimpajama/2': 1}"
 
 The other cooldown, and the baseline that re-warms at every split:
 
@@ -25,9 +25,9 @@ base = 'config/pretrain_pile.py'
 out_dir = 'out/infinite_slim'
 
 _split = 44229                      # 100.0B tokens
-train_data = {'slimpajama_1': 1}
-switches = [{'step': _split, 'train_data': {'slimpajama_2': 1}},
-            {'step': 2 * _split, 'train_data': {'slimpajama_3': 1}}]
+train_data = {'slimpajama/1': 1}
+switches = [{'step': _split, 'train_data': {'slimpajama/2': 1}},
+            {'step': 2 * _split, 'train_data': {'slimpajama/3': 1}}]
 val_data = ['slimpajama']
 max_steps = 3 * _split
 
@@ -38,7 +38,6 @@ min_lr = 3e-5
 warmup = 442                        # 1% of a split; the repeated cosine uses it too
 cooldown = 26537                    # 60% of the first split
 anneal = 3 * _split                 # never, on the main line
-timescale = 10                      # of the inverse square root
 # 85% of each split. Here the main line also reads the last 15%; whether the authors' main line does
 # is not established.
 milestones = [37595, _split + 37595, 2 * _split + 37595]

@@ -16,7 +16,7 @@ it. To start from your own weights instead, use config/reuse_general_qa.py --ini
 """
 out_dir = 'out/pretrain_general'
 
-model = '12b'
+pythia = '12b'
 block_size = 4096
 vocab_size = 50688                  # Pythia-12B
 

@@ -11,7 +11,7 @@ such a model; see config/rewarm_pythia_slim.py.
 out_dir = 'out/pretrain_pile'
 
 # "Both" are Gupta et al. 2023 and Ibrahim et al. 2024.
-model = '410m'                      # both: 24 layers x 1024, 16 heads, rotary on a quarter
+pythia = '410m'                      # both: 24 layers x 1024, 16 heads, rotary on a quarter
 block_size = 2048                   # both
 vocab_size = 50304                  # both: GPT-NeoX-20B's 50,277 tokens, to a multiple of 128
 

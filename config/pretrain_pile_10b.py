@@ -26,7 +26,7 @@ config/rewarm_pile_slim_10b.py continues this run.
 base = 'config/pretrain_pile.py'
 out_dir = 'out/pretrain_pile_10b'
 
-model = ''                          # not a Pythia size
+pythia = ''                          # not a Pythia size
 hidden_size = 4608
 num_hidden_layers = 36
 num_attention_heads = 36

@@ -13,7 +13,7 @@ init_from = 'config/pretrain_docs.py'
 
 train_data = {'docs': 1.0}          # the general blend
 # the QA blend, once the rate has fallen to a fifth
-switches = [{'lr': 0.2, 'train_data': {'docs': 0.9, 'examples': 0.1}}]
+switches = [{'lr_below': 0.2, 'train_data': {'docs': 0.9, 'examples': 0.1}}]
 val_data = ['docs', 'examples']
 
 batch_size = 16

@@ -15,7 +15,7 @@ an --out_dir of its own:
     --switches="[]"                                        Table 4: no QA
     --switches="[]" --replay=0.1                           Tables 4, 9: QA throughout
     --switches="[{'step': 52982, 'replay': 0.1}]"          Table 4: 250B tokens without, 50B with
-    --switches="[{'lr': 0.5, 'replay': 0.1}]"              Table 9: 0.5, 0.2, 0.1, 0.02
+    --switches="[{'lr_below': 0.5, 'replay': 0.1}]"              Table 9: 0.5, 0.2, 0.1, 0.02
     --min_lr=4.5e-6                                        Table 8: 4.5e-6, 4.5e-7, 0
     --learning_rate=4.5e-4 --warmup=0.01                   re-warming hurts; rates not established
     --max_steps=21192                                      100B tokens; for 1T: 211927
@@ -39,13 +39,13 @@ train_data = {'web_hq': 12, 'books': 10.7, 'news': 4.1, 'papers': 13.5, 'encyclo
 # percent of the QA data; in the same order, Table 6 compares it with
 #   blend 1: 9.2, 35.9, 4.8, 8.0, 42.5
 #   blend 2: 8.0, 31.2, 11.4, 6.9, 42.8
-replay_data = {'qa_chat': 9.3, 'qa_reasoning': 32.7, 'qa_stem': 11.0, 'qa_code': 6.6,
-               'qa_world': 40.5}
+replay_data = {'qa/chat': 9.3, 'qa/reasoning': 32.7, 'qa/stem': 11.0, 'qa/code': 6.6,
+               'qa/world': 40.5}
 replay = 0
-# 10% QA. The 2.81B tokens of QA are read 3.1 times, so max_epochs is not set.
-switches = [{'lr': 0.2, 'replay': 0.1}]
-val_data = ['web_hq', 'papers', 'encyclopedia', 'multilingual', 'code', 'qa_reasoning', 'qa_stem',
-            'qa_world']
+# 10% QA. The 2.81B tokens of QA are read 3.1 times.
+switches = [{'lr_below': 0.2, 'replay': 0.1}]
+val_data = ['web_hq', 'papers', 'encyclopedia', 'multilingual', 'code', 'qa/reasoning', 'qa/stem',
+            'qa/world']
 
 batch_size = 1152                   # x 4096 = 4,718,592 tokens
 micro_batch_size = 4

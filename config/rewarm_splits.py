@@ -13,8 +13,8 @@ weights below.
 
     --out_dir=out/splits_1 --schedule=cosine --max_steps=44229 --switches="[]" --milestones="[]"
     --out_dir=out/splits_2 --schedule=cosine --max_steps=44229 --switches="[]" --milestones="[]" \
---init_from=out/splits_1 --train_data="{'slimpajama_2': 1}" \
---replay_data="{'pile': 3.81, 'slimpajama_1': 1.19}"
+--init_from=out/splits_1 --train_data="{'slimpajama/2': 1}" \
+--replay_data="{'pile': 3.81, 'slimpajama/1': 1.19}"
 
 With --continue_data=true, the second and the third run replay what the earlier runs have not read.
 """
@@ -24,13 +24,13 @@ out_dir = 'out/rewarm_splits'
 _split = 44229                      # 100.0B tokens
 replay = 0.05                       # throughout
 continue_data = False               # replay the Pile from its first window, as pre-training read it
-train_data = {'slimpajama_1': 1}
+train_data = {'slimpajama/1': 1}
 # Weights in replay_data are relative; here they are percent of all samples.
 replay_data = {'pile': 5}
-switches = [{'step': _split, 'train_data': {'slimpajama_2': 1},
-             'replay_data': {'pile': 3.81, 'slimpajama_1': 1.19}},
-            {'step': 2 * _split, 'train_data': {'slimpajama_3': 1},
-             'replay_data': {'pile': 3.09, 'slimpajama_1': 0.96, 'slimpajama_2': 0.95}}]
+switches = [{'step': _split, 'train_data': {'slimpajama/2': 1},
+             'replay_data': {'pile': 3.81, 'slimpajama/1': 1.19}},
+            {'step': 2 * _split, 'train_data': {'slimpajama/3': 1},
+             'replay_data': {'pile': 3.09, 'slimpajama/1': 0.96, 'slimpajama/2': 0.95}}]
 max_steps = 3 * _split
 
 schedule = 'repeated_cosine'        # re-warmed at every split
