@@ -30,7 +30,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from configurator import UserError, require
+from configurator import UserError, did_you_mean, require
 from support import processes
 
 
@@ -446,6 +446,11 @@ class Plan:
         self.tokenizer = one_tokenizer(self.opened, start.history.get('tokenizer'))
         self.notes += limit_ids(self.opened, self.vocab_size)
 
+        known = {*cfg.val_data, *self.sources}
+        for name in cfg.old_data:
+            require(any(teaches(name, other) or teaches(other, name) for other in known),
+                    f'old_data = {cfg.old_data}: {name!r} is not evaluated, nor trained on.'
+                    f'{did_you_mean(name, known)}')
         unknown = sorted(self.named('replay_data') - set(self.seen)) if self.seen else []
         if unknown:
             self.notes.append(f'NOTE: {", ".join(unknown)} is replayed, but no earlier stage has '

@@ -17,8 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import schedules
+import train
 from configurator import UserError
-from data import Mixture, Source, batch_rows, mix_weights, open_shard, permute, write_shard
+from corpora.formats import tokenizer_hash, write_shard
+from data import Mixture, Source, batch_rows, mix_weights, open_shard, permute
+from support.files import write_whole
 
 T = 8
 
@@ -87,7 +91,7 @@ def test_a_shard_returns_the_ids_that_were_written(tmp_path_factory, draw):
     shard = open_shard(path)
     assert (shard.count, shard.vocab_size, shard.eot) == (len(ids), vocab_size, eot)
     assert shard.dtype == (np.uint16 if vocab_size <= 65536 else np.uint32)
-    assert shard.tokenizer == data.tokenizer_hash('x') != data.tokenizer_hash('y')
+    assert shard.tokenizer == tokenizer_hash('x') != tokenizer_hash('y')
     assert shard.text_bytes == (text_bytes or None)
     assert shard.tokens.tolist() == ids
     assert os.listdir(path.parent) == ['a.bin']                 # no temporary file stays
@@ -219,7 +223,7 @@ def test_files_are_made_whole_and_never_written_through_a_link(tmp_path, monkeyp
     path = tmp_path / 'a.bin'
     path.symlink_to(victim)
     Path(f'{path}.rewarm-partial').symlink_to(victim)           # both names may be links
-    data.write_whole(path, b'ne', b'w')
+    write_whole(path, b'ne', b'w')
     assert path.read_bytes() == b'new' and not path.is_symlink()
     assert victim.read_text() == 'mine' and sorted(os.listdir(tmp_path)) == ['a.bin', 'victim']
 
@@ -228,7 +232,7 @@ def test_files_are_made_whole_and_never_written_through_a_link(tmp_path, monkeyp
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full_disk)
     with pytest.raises(OSError):
-        data.write_whole(path, b'newer')
+        write_whole(path, b'newer')
     assert path.read_bytes() == b'new' and sorted(os.listdir(tmp_path)) == ['a.bin', 'victim']
 
 
@@ -242,7 +246,7 @@ def test_more_shards_than_a_process_may_open_files(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (350, limits[1]))
     try:
         source = Source('pile', files, T)
-        data.fingerprint(source)
+        source.fingerprint()
         assert source.read(range(800))[:, 3].tolist() == np.repeat(np.arange(400), 2).tolist()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -302,7 +306,7 @@ def test_every_window_once_per_epoch(tmp_path_factory, sizes, key, block_size, s
     if S >= 12:                                                 # 1 in 12! would be chance
         assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
     assert np.array_equal(source.order(np.arange(2 * S, 3 * S)), epochs[2])
-    later = Source('a', files, block_size, key=key, start=start)
+    later = Source('a', files, block_size, key=key, skip=start)
     m = np.arange(3 * S)
     assert np.array_equal(later.order(m), source.order(m + start))
 
@@ -344,7 +348,7 @@ def test_the_order_of_data_is_what_it_always_was(tmp_path):
     mixture = Mixture({'docs': docs, 'code': code}, phases)
     digest = blake2b(digest_size=16)
     for step in range(100):
-        for ids in mixture.batch(batch_rows(step, 16)):
+        for ids in mixture.batch(batch_rows(step, 16))[:2]:
             digest.update(ids.astype('<i8').tobytes())
     far = mixture.batch([10**12 + 3 * i for i in range(50)])[0]
     digest.update(far.astype('<i8').tobytes())
@@ -381,7 +385,7 @@ def test_an_id_past_the_own_vocabulary_of_a_shard_is_an_error(shard):
         file.seek(1024)
         file.write(np.uint16(300).tobytes())
     with pytest.raises(UserError, match='id 300 at token 0 .* outside the vocabulary of 257'):
-        data.check_compatible({'a': Source('a', [path], T)}, 50304)
+        fit({'a': Source('a', [path], T)}, 50304)
 
 
 def test_val_windows_are_spread_over_the_source(shard):
@@ -399,44 +403,51 @@ def test_bytes_per_token_are_known_when_all_shards_say_them(shard):
 # ------------------------------------------------------------------------------
 # Checks
 
+def fit(sources, vocab_size):
+    """The warnings about sources of one model."""
+    data.one_tokenizer(sources)
+    return data.limit_ids(sources, vocab_size)
+
+
 def test_sources_must_fit_the_model_and_each_other(shard, tmp_path):
     a = Source('a', [shard('a.bin', vocab_size=257, tokenizer='bytes')], T)
     b = Source('b', [shard('b.bin', vocab_size=257, tokenizer='other')], T)
     unknown = Source('u', [shard('u.bin', vocab_size=300)], T)
-    assert data.check_compatible({'a': a, 'u': unknown}, 300) == ''
+    assert fit({'a': a, 'u': unknown}, 300) == []
     with pytest.raises(UserError, match='a.bin and .*b.bin were made with different tokenizers'):
-        data.check_compatible({'a': a, 'u': unknown, 'b': b}, 300)
+        fit({'a': a, 'u': unknown, 'b': b}, 300)
     with pytest.raises(UserError, match='a.bin has a vocabulary of 257 ids, but the model has 256'):
-        data.check_compatible({'a': a}, 256)
+        fit({'a': a}, 256)
     (np.arange(1, 1000) % 257).astype('<u2').tofile(tmp_path / 'bare.bin')      # says nothing
     bare = Source('bare', [tmp_path / 'bare.bin'], T)
     with pytest.raises(UserError, match='outside the vocabulary of 100'):
-        data.check_compatible({'bare': bare}, 100)
+        fit({'bare': bare}, 100)
 
 
 def test_a_warning_when_only_some_sources_have_end_of_text(shard, tmp_path):
     ours = Source('a', [shard('a.bin', eot=0)], T)
     bare = Source('b', [megatron(tmp_path / 'b', [range(5, 500)])], T)
     with_zeros = Source('c', [megatron(tmp_path / 'c', [[*range(5, 12), 0] * 50])], T)
-    assert data.check_compatible({'a': ours, 'c': with_zeros}, 65536) == ''
-    assert data.check_compatible({'b': bare}, 65536) == ''
-    warning = data.check_compatible({'a': ours, 'b/train': bare, 'c': with_zeros}, 65536)
+    assert fit({'a': ours, 'c': with_zeros}, 65536) == []
+    assert fit({'b': bare}, 65536) == []
+    (warning,) = fit({'a': ours, 'b/train': bare, 'c': with_zeros}, 65536)
     assert warning.startswith('WARNING: b/train contain no end-of-text')
 
 
-def test_a_fingerprint_sees_other_data_and_another_order(shard):
-    def make(files, block_size=T, **order):
-        return data.fingerprint(Source('a', files, block_size, **order))
+def test_a_fingerprint_sees_other_data(shard):
+    def make(files):
+        return Source('a', files, T).fingerprint()
     files = [shard('a.bin', n=5000), shard('b.bin', n=900)]
     first = make(files)
-    assert first == make(files) == json.loads(json.dumps(first))
-    others = [make(files[:1]), make(files[::-1]), make(files, 4), make(files, key=1),
-              make(files, start=3)]
-    assert first not in others
+    assert first == make(files) and first.startswith('2 shards, 5,900 tokens')
+    assert first not in (make(files[:1]), make(files[::-1]))
 
-    # the same sizes, but other content, also where the program that compares runs on
-    write_shard(files[1], np.arange(900)[::-1], vocab_size=65536)
-    assert make(files) != first
+    # one token of the same sizes, also where the program that compares runs on
+    for at in (0, 517, 899):
+        ids = np.arange(900)
+        ids[at] += 1
+        write_shard(files[1], ids, vocab_size=65536)
+        assert make(files) != first
     write_shard(files[1], np.arange(900), vocab_size=65536)
     assert make(files) == first
 
@@ -576,15 +587,17 @@ def test_a_batch_follows_from_its_step_alone(tmp_path_factory, weights, step, ba
     run = make()
     for earlier in range(step):
         run.batch(batch_rows(earlier, batch_size))
-    x, y = run.batch(batch_rows(step, batch_size))
+    x, y, names = run.batch(batch_rows(step, batch_size))
     resumed = make()
     assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (batch_size, T)
-    assert np.array_equal(resumed.batch(batch_rows(step, batch_size)), (x, y))
+    again = resumed.batch(batch_rows(step, batch_size))
+    assert np.array_equal(again[:2], (x, y)) and again[2] == names
     parts = [resumed.batch(batch_rows(step, batch_size, micro_batch=1, micro_step=i))[0]
              for i in range(batch_size)]
     assert np.array_equal(np.concatenate(parts), x)
     for row, (name, m) in enumerate(drawn(run, batch_rows(step, batch_size))):
         source = run.sources[name]
+        assert names[row] == name
         window = source.read(source.order([m]))[0]
         assert window.tolist() == [*x[row], y[row, -1]] and np.array_equal(y[row], window[1:])
 
@@ -626,52 +639,103 @@ def test_weights_that_make_no_mixture_get_one_message(arguments, message):
         mix_weights(*arguments)
 
 
+def test_the_worked_example_of_the_page():
+    mixture = mixture_of((0, {'old': 1, 'new': 3}))
+    assert [mixture.counts(n)['old'] for n in range(9)] == [0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert ' '.join(name for name, _ in drawn(mixture, range(8))) == (
+        'new old new new new old new new')
+
+
 # ------------------------------------------------------------------------------
-# Caps on epochs
+# What a validation set is to a stage
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_caps_hold_sample_by_sample(draw):
-    """A cap takes effect in the step that would pass it. Nothing changes before the first one."""
-    names = 'abcd'[:draw.draw(st.integers(2, 4))]
-    sources = {name: Fake(draw.draw(st.integers(3, 60))) for name in names}
-    caps = {name: draw.draw(st.sampled_from([0.5, 1, 2, 3.1])) for name in names[1:]}   # not 'a'
-    batch_size, steps = draw.draw(st.integers(1, 9)), draw.draw(st.integers(2, 60))
-    phases = []
-    for step in sorted({0, *draw.draw(st.lists(st.integers(1, steps - 1), max_size=2))}):
-        others = {name: draw.draw(st.sampled_from('0123')) for name in names[1:]}
-        phases.append((step * batch_size, {'a': '1'} | others))
-    total = steps * batch_size
-    capped, notes = data.cap_epochs(sources, phases, caps, 0, total, batch_size)
-    before, after = (drawn(Mixture(sources, p), range(total)) for p in (phases, capped))
-
-    most = {name: int(caps[name] * len(sources[name])) for name in caps}
-    counts, closed = Counter(), set()
-    for step in range(steps):
-        rows = slice(step * batch_size, (step + 1) * batch_size)
-        if not closed:
-            wanted = Counter(name for name, _ in before[rows])
-            closed = {name for name in caps if counts[name] + wanted[name] > most[name]}
-            assert closed or after[rows] == before[rows]
-        counts += Counter(name for name, _ in after[rows])
-        assert not any(name in closed for name, _ in after[rows])
-    assert all(counts[name] <= most[name] for name in caps) and counts.total() == total
-    capped_names = [note.split()[1] for note in notes]
-    assert len(set(capped_names)) == len(capped_names) and set(capped_names) >= closed
-    assert bool(notes) == bool(closed)
+def start_of(seen=(), progress=False):
+    """What a new stage, or a branch, takes along of a model that has read these sources."""
+    sources = {name: {'order': '1337', 'read': 40, 'replayed': 0, 'windows': 'unknown'}
+               for name in seen}
+    history = {'sources': sources, 'tokenizer': None, 'context': 32}
+    passed = {'step': 0, 'mixes': [], 'skips': {}} if progress else {}
+    return train.Start('init_from', 'x', {}, {'shape': {'vocab_size': 384}}, history, {}, passed,
+                       {})
 
 
-def test_a_cap_that_leaves_nothing_to_read_is_an_error():
-    with pytest.raises(UserError, match=r'in step 5 q reaches its cap .* no other source is left'):
-        data.cap_epochs({'q': Fake(10)}, [(0, {'q': '1'})], {'q': 2}, 0, 400, 4)
+SCRATCH = train.Start('scratch', '', {}, {}, {}, {}, {}, {})
+ROLES = [
+    (SCRATCH, {'train_data': {'old': 1}}, 'training data', 'never trained on'),
+    (SCRATCH, {'train_data': {'old': 1}, 'replay_data': {'new': 1}, 'replay': 0.2},
+     'training data', 'training data'),
+    (start_of(['old']), {'train_data': {'new': 1}}, 'old data', 'new data'),
+    (start_of(['old']), {'train_data': {'old': 1}}, 'the same data again', 'never trained on'),
+    (start_of(['old']), {'train_data': {'old': 1}, 'old_data': ['new']}, 'the same data again',
+     'old data'),
+    (start_of(['old/1of3']), {'train_data': {'new': 1}}, 'old data', 'new data'),
+    (start_of(['older', 'old_2']), {'train_data': {'new': 1}}, 'never trained on', 'new data'),
+    # a weight of zero, and a switch that is not reached, teach nothing
+    (start_of(['old']), {'train_data': {'old': 1, 'new': 0}}, 'the same data again',
+     'never trained on'),
+    (SCRATCH, {'train_data': {'old': 1, 'new': 1e-9}}, 'training data', 'never trained on'),
+    (SCRATCH, {'train_data': {'old': 1}, 'switches': [{'step': 9, 'train_data': {'new': 1}}]},
+     'training data', 'training data'),
+    # weights from elsewhere know what is replayed; those of a known past do not
+    (start_of(), {'train_data': {'new': 1}, 'replay_data': {'old': 1}, 'replay': 0.2}, 'old data',
+     'new data'),
+    (start_of(['new']), {'train_data': {'new': 1}, 'replay_data': {'old': 1}, 'replay': 0.2},
+     'new data', 'the same data again'),
+    (start_of(['old'], progress=True), {'train_data': {'old': 1}}, 'training data',
+     'never trained on'),
+]
 
 
-def test_a_cap_leaves_the_past_alone():
-    """A branch of a run that read a source too often already reads no more of it."""
-    phases, sources = [(0, {'a': '1', 'q': '1'})], {'a': Fake(10), 'q': Fake(10)}
-    capped, (note,) = data.cap_epochs(sources, phases, {'q': 1}, 80, 160, 8)
-    assert capped == [*phases, (80, {'a': '1'})] and 'in step 10' in note
-    assert data.cap_epochs(sources, capped, {'q': 1}, 80, 160, 8) == (capped, [])
+def plan_of(corpora, start, changes):
+    knobs = {'data_dir': str(corpora), 'val_data': ['old', 'new'], 'block_size': 32,
+             'max_steps': 10, 'batch_size': 4, 'eval_windows': 3, **changes}
+    cfg = train.Config(**knobs)
+    return data.Plan(cfg, schedules.of(cfg), start)
+
+
+@pytest.mark.parametrize('start, changes, old, new', ROLES)
+def test_roles_follow_from_what_was_read(corpora, start, changes, old, new):
+    assert plan_of(corpora, start, changes).roles == {'old': old, 'new': new}
+
+
+def test_old_data_must_name_something(corpora):
+    with pytest.raises(UserError, match="old_data = .*'odl'.* Did you mean 'old'"):
+        plan_of(corpora, start_of(), {'train_data': {'new': 1}, 'old_data': ['odl']})
+    plan_of(corpora, start_of(), {'train_data': {'new': 1}, 'old_data': ['old/part']})
+
+
+def test_the_history_counts_what_was_read(corpora):
+    second = {'step': 5, 'train_data': {'new': 1}, 'replay_data': {'old': 1}, 'replay': 0.25}
+    plan = plan_of(corpora, SCRATCH, {'train_data': {'old': 1}, 'switches': [second]})
+    assert list(plan.history(5)['sources']) == ['old']          # no sample of `new` so far
+    seen = plan.history(10)['sources']
+    assert (seen['new']['read'], seen['new']['replayed']) == (15, 0)
+    # first trained on, then replayed: both go on from there
+    assert (seen['old']['read'], seen['old']['replayed']) == (25, 25)
+
+
+def test_data_that_are_not_those_of_before_are_named(corpora):
+    start = start_of(['old'])
+    (note,) = plan_of(corpora, start, {'train_data': {'new': 1}, 'replay_data': {'old': 1},
+                                       'replay': 0.25}).notes
+    assert 'another order' in note and 'unknown' in note and '32 tokens' in note
+    with pytest.raises(UserError, match='the data of old have changed'):
+        plan_of(corpora, start, {'train_data': {'old': 1}, 'continue_data': True})
+    (note,) = plan_of(corpora, start_of(['other']), {
+        'train_data': {'new': 1}, 'replay_data': {'old': 1}, 'replay': 0.25}).notes
+    assert 'no earlier stage has read' in note
+
+
+def test_a_shard_of_another_name_is_not_swept_up(shard, tmp_path):
+    shard('docs/train_00000.bin')
+    for name in ('train_old.bin', 'training_backup.bin', 'train_copy.bin'):
+        stray = shard(f'docs/{name}')
+        with pytest.raises(UserError, match=name):
+            data.find_shards('docs', 'train', tmp_path)
+        os.unlink(stray)
+    shard('docs/train_00001.bin')
+    shard('docs/train-2-of-3.bin')
+    assert len(data.find_shards('docs', 'train', tmp_path)) == 3
 
 
 # ------------------------------------------------------------------------------
