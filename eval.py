@@ -96,11 +96,12 @@ class Run:
         self.config, self.derived = about.pop('config'), about.pop('derived')
         shape = self.derived['shape']                   # which a stage inherits
         self.config |= {knob: value for knob, value in shape.items() if knob in self.config}
+        self.id = about.pop('run')
         self.made_by = {key: value for key, value in about.items() if key != 'origin'}
         self.roles, self.sets = self.derived['roles'], list(self.derived['roles'])
 
         rows = [row for row in record.read_rows(Path(folder, 'metrics.jsonl'))
-                if row['run'] == about['run']]
+                if row['run'] == self.id]
         self.trains = [row for row in rows if row['event'] == 'train']
         self.evals = [row for row in rows if row['event'] == 'eval'
                       and row['val'].keys() == self.roles.keys()]
@@ -365,7 +366,7 @@ def open_run(run, args):
         shards = data.find_shards(name, 'val', data_dir, config.get('paths', {}))
         sources[name] = data.Source(name, shards, model.config.max_position_embeddings)
     data.one_tokenizer(sources, state.get('history', {}).get('tokenizer'))
-    for warning in data.check_ids(sources, model.config.vocab_size):
+    for warning in data.limit_ids(sources, model.config.vocab_size):
         print(warning, file=sys.stderr)
     val_sets = {name: (s, data.val_windows(s, windows)) for name, s in sources.items()}
     return state, model.to(args.device), val_sets

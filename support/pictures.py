@@ -61,8 +61,8 @@ def plot(groups, out, labels=(), notes=()):
     fig.supxlabel(wrapped, fontsize=9, color='0.3', parse_math=False)
     if any(run.config.get('rehearse') for run in runs):
         fig.suptitle('REHEARSAL: a tiny model on built-in data. The losses mean nothing.')
+    texts = legend(groups, labels)
     if len(groups) > 1:
-        texts = legend(groups, labels)
         fig.legend(handles.values(), [texts[row] for row in handles], frameon=False,
                    loc='outside right center', fontsize=8.5, labelspacing=0.9)
     save_figure(fig, out)

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import UserError
-from model import (GELU_KINDS, PYTHIA, CpuAttention, GPTNeoX, GPTNeoXConfig, configure_optimizer,
-                   cpu_attention, cross_entropy, load_hf, parameter_groups, rotary_tables,
-                   sample_token, save_hf, use_kernels)
+import train
+from model import GELU_KINDS, PYTHIA, GPTNeoX, GPTNeoXConfig, cross_entropy, rotary_tables
+from support import fast_path
+from support.cpu_attention import CpuAttention, cpu_attention
+from support.huggingface import load_hf, save_hf
+from support.sampling import CachedAttention, generate, sample_token
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -69,7 +72,7 @@ def tokens(config, B=2, T=None):
 
 def gradients(model, idx, targets, kernels='torch', dtype=torch.float32):
     """{'loss': loss, name: gradient} of a model on one path, with products in dtype."""
-    use_kernels(model, kernels, 'cpu', dtype)
+    fast_path.choose(model, kernels, 'cpu', dtype)
     model.zero_grad()
     with torch.autocast('cpu', dtype, enabled=dtype in (torch.float16, BF16)):
         loss = model(idx, targets)[1]
@@ -106,6 +109,7 @@ def model_of_transformers(model, transformers):
 # ------------------------------------------------------------------------------
 # The model and its gradients
 
+@pytest.mark.plain_model
 @pytest.mark.parametrize('kernels', ['torch', 'auto'])
 @pytest.mark.parametrize('parallel', [True, False])
 @pytest.mark.parametrize('gelu', ['gelu', 'gelu_fast'])
@@ -182,7 +186,7 @@ def test_attention_on_a_cpu_passes_gradcheck(seed):
 @pytest.mark.parametrize('kernels', ['torch', 'auto'])
 def test_no_token_sees_the_future(kernels, seed):
     model = random_model(random_config(max_position_embeddings=100)).double()
-    use_kernels(model, kernels)
+    fast_path.choose(model, kernels)
     idx = tokens(model.config, B=1)
     changed, cut = idx.clone(), random.randrange(1, 100)
     changed[:, cut:] = tokens(model.config, B=1)[:, cut:]
@@ -229,6 +233,7 @@ PUBLISHED = {'14m': 14067712, '31m': 30494720, '70m': 70426624, '160m': 16232294
              '6.9b': 6857302016, '12b': 11846072320}
 
 
+@pytest.mark.plain_model
 def test_parameter_counts_are_the_published_ones():
     assert PYTHIA.keys() == PUBLISHED.keys()
     with torch.device('meta'):
@@ -236,6 +241,7 @@ def test_parameter_counts_are_the_published_ones():
             assert GPTNeoX(GPTNeoXConfig.pythia(size)).num_params() == count, size
 
 
+@pytest.mark.plain_model
 def test_initial_standard_deviations(seed):
     C, L = 256, 6
     for name, p in GPTNeoX(GPTNeoXConfig(500, C, L, 4)).named_parameters():
@@ -251,6 +257,7 @@ def test_initial_standard_deviations(seed):
             assert abs(p.std().item() / std - 1) < six_sigma / math.sqrt(2), name
 
 
+@pytest.mark.plain_model
 def test_flops_follow_the_stated_convention():
     with torch.device('meta'):
         model = GPTNeoX(GPTNeoXConfig.pythia('410m'))
@@ -261,7 +268,7 @@ def test_flops_follow_the_stated_convention():
 
 def test_the_optimizer_is_adamw_and_decays_matrices_only(seed):
     model = random_model(random_config())
-    optimizer = configure_optimizer(parameter_groups(model, 0.1), 1e-2, (0.9, 0.95), 1e-8, 'cpu')
+    optimizer = train.Method(train.Config(learning_rate=1e-2)).optimizer(model)
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     idx = tokens(model.config)
     model(idx, idx)[1].backward()
@@ -291,8 +298,8 @@ def test_generation_with_a_cache_equals_generation_without(prompt, seed):
     sampling = dict(temperature=0.9, top_k=40, top_p=0.95)
     with torch.no_grad():
         greedy = generate_uncached(model, idx, 20, temperature=0)
-        assert torch.equal(model.generate(idx, 20, temperature=0), greedy)
-        ours = model.generate(idx, 20, **sampling, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(generate(model, idx, 20, temperature=0), greedy)
+        ours = generate(model, idx, 20, **sampling, generator=torch.Generator().manual_seed(seed))
         expected = generate_uncached(model, idx, 20, **sampling,
                                      generator=torch.Generator().manual_seed(seed))
     assert torch.equal(ours, expected) and torch.equal(ours[:, :prompt], idx)
@@ -300,11 +307,16 @@ def test_generation_with_a_cache_equals_generation_without(prompt, seed):
 
 def test_a_cache_takes_several_tokens_at_once(seed):
     model = random_model(random_config(max_position_embeddings=20)).double()
-    idx, cache = tokens(model.config), model.new_cache()
-    parts = [model(part, cache=cache)[0] for part in idx.split([3, 1, 9, 7], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=0, atol=1e-9)
+    idx, parts, done = tokens(model.config), [], 0
+    expected = model(idx)[0]
+    for layer in model.gpt_neox.layers:
+        layer.attention.attend = CachedAttention()
+    for part in idx.split([3, 1, 9, 7], dim=1):
+        parts.append(model(part, position=done)[0])
+        done += part.shape[1]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-9)
     with pytest.raises(UserError, match='21 tokens'):
-        model(idx[:, :1], cache=cache)
+        model(idx[:, :1], position=20)
 
 
 @pytest.mark.parametrize('sampling, expected', [
@@ -330,6 +342,7 @@ def test_sampling_frequencies(sampling, expected, seed):
 # ------------------------------------------------------------------------------
 # Hugging Face directories
 
+@pytest.mark.plain_model
 def test_transformers_reads_what_we_save(tmp_path, seed, transformers):
     model = random_model(random_config())
     save_hf(model, tmp_path / 'new' / 'model')
@@ -341,6 +354,7 @@ def test_transformers_reads_what_we_save(tmp_path, seed, transformers):
     torch.testing.assert_close(model.double()(idx)[0], logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.plain_model
 @pytest.mark.parametrize('largest', ['1GB', 256])
 def test_we_read_what_transformers_saves_whole_or_in_shards(largest, tmp_path, seed, transformers):
     model = random_model(random_config())
@@ -386,6 +400,25 @@ def test_half_precision_is_saved_as_it_is_and_read_as_float32(tmp_path, seed):
     read = load_hf(tmp_path / 'm')
     assert {p.dtype for p in read.parameters()} == {torch.float32}
     assert_same_weights(read, model.float())
+
+
+@pytest.mark.parametrize('edit, words', [
+    ('norm', 'GPTNeoXForCausalLM differ by'), ('gelu', 'GPTNeoXForCausalLM differ by'),
+    ('extra', 'has no gpt_neox.extra')])
+def test_what_transformers_would_not_compute_is_not_exported(edit, words, tmp_path, seed):
+    model = random_model(random_config(hidden_act='gelu', hidden_size=32, num_attention_heads=2))
+    if edit == 'norm':
+        for layer in model.gpt_neox.layers:                         # a norm of another kind
+            layer.input_layernorm.forward = lambda x: F.rms_norm(x, x.shape[-1:])
+    elif edit == 'gelu':
+        for layer in model.gpt_neox.layers:
+            layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.dense_4h_to_h(
+                F.relu(mlp.dense_h_to_4h(x))**2)
+    else:
+        model.gpt_neox.extra = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match=words):
+        save_hf(model, tmp_path / 'm')
+    assert not (tmp_path / 'm').exists()
 
 
 def write_bin(path, tensors, shards=1):
@@ -613,7 +646,7 @@ def test_nothing_is_overwritten(saved):
 def test_a_failed_save_leaves_nothing(tmp_path, seed, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(safetensors.torch, 'save_file', full)
+    monkeypatch.setattr(safetensors.torch, 'save', full)
     with pytest.raises(OSError, match='No space'):
         save_hf(GPTNeoX(random_config()), tmp_path / 'm')
     assert os.listdir(tmp_path) == []
