@@ -10,13 +10,14 @@ import safetensors.torch
 import torch
 from conftest import metrics, saved
 
-import data
 import eval
-import model as model_py
 import train
+from corpora.formats import write_shard
 from corpora.shards import write_summary
 from corpora.tokenizer import load_tokenizer
-from model import PYTHIA, GPTNeoX, GPTNeoXConfig, load_hf, save_hf
+from model import PYTHIA, GPTNeoX, GPTNeoXConfig
+from support import huggingface
+from support.huggingface import load_hf, save_hf
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SHAPE = dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=384,
@@ -25,7 +26,7 @@ SHAPE = dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_s
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(eval, 'plot', lambda groups, out: None)
+    monkeypatch.setattr(eval, 'plot', lambda *args: None)
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +69,7 @@ def fails(capsys):
 # ------------------------------------------------------------------------------
 # Weights in
 
+@pytest.mark.plain_model
 @pytest.mark.parametrize('size', PYTHIA)
 def test_every_pythia_size_has_the_tensors_of_transformers(size, tmp_path, monkeypatch,
                                                           transformers):
@@ -85,13 +87,14 @@ def test_every_pythia_size_has_the_tensors_of_transformers(size, tmp_path, monke
             transformers.GPTNeoXConfig.from_pretrained(tmp_path))
     # transformers 5.23 has a new name for the output matrix, but not in the files it writes
     tensors = {name.replace('lm_head', 'embed_out'): t for name, t in theirs.state_dict().items()}
-    monkeypatch.setattr(model_py, 'read_hf_tensors', lambda path: tensors.items())
+    monkeypatch.setattr(huggingface, 'read_hf_tensors', lambda path: tensors.items())
     ours = load_hf(tmp_path)
     assert ours.embed_out.weight.shape == (vocab, width) and not ours.cos.is_meta
     assert ours.num_params() == theirs.num_parameters()
     assert ours.config == GPTNeoXConfig.pythia(size)
 
 
+@pytest.mark.plain_model
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('kind', ['safetensors', 'bin'])
 def test_files_of_any_precision_become_float32(dtype, kind, tmp_path, transformers):
@@ -125,7 +128,7 @@ def test_the_first_losses_are_compared_with_chance(start, prints):
     save_hf(random_model(vocab_size=500), 'hf')         # 257 tokens, padded to any number of rows
     out = prints(train, start('a', max_steps=40))
     assert f'chance would be ln 500 = {math.log(500):.2f}' in out and warning in out
-    assert saved('out/a', 40)['model']['vocab_size'] == 500
+    assert saved('out/a', 40)['model']['shape']['vocab_size'] == 500
     prints(eval, 'export', 'out/a', 'hf2')
     first = metrics('out/a', 'eval')[-1]['val']
     out = prints(train, start('b', init_from='hf2'))
@@ -147,15 +150,15 @@ def test_a_stage_may_change_the_gelu(start, prints, fails):
     erf, tanh = (metrics(f'out/{name}', 'eval')[0]['val']['old']['loss']
                  for name in ('erf', 'tanh'))
     assert 0 < abs(erf - tanh) < 0.01
-    weights = saved('out/tanh', 6)['weights']
+    weights = saved('out/tanh', 6)['model']['weights']
     Path('out/tanh/ckpt_00000006.pt').unlink()
     prints(train, 'tanh.py')                            # resumes at step 5
-    again = saved('out/tanh', 6)['weights']
+    again = saved('out/tanh', 6)['model']['weights']
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
     prints(eval, 'export', 'out/tanh', 'out/hf')
     assert json.loads(Path('out/hf/config.json').read_text())['hidden_act'] == 'gelu_fast'
     prints(train, start('next', init_from='out/hf'))
-    assert saved('out/next', 2)['model']['hidden_act'] == 'gelu_fast'
+    assert saved('out/next', 2)['model']['shape']['hidden_act'] == 'gelu_fast'
     branch = start('b', init_from='', branch_from='out/tanh/ckpt_00000005.pt', hidden_act='gelu',
                    max_steps=8)
     fails(train, branch, words=['hidden_act'])
@@ -174,6 +177,7 @@ def run(finished, tmp_path, monkeypatch):
     return 'run'
 
 
+@pytest.mark.plain_model
 def test_transformers_computes_the_same_logits(run, prints, transformers):
     ours = eval.load_run(run)[1]
     out = prints(eval, 'export', run, 'new/hf')
@@ -185,7 +189,7 @@ def test_transformers_computes_the_same_logits(run, prints, transformers):
     assert theirs.dtype == torch.float32
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == 256
     torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], rtol=0, atol=1e-5)
-    prints(eval, 'export', f'{run}/ckpt_00000005.pt', 'earlier')
+    prints(eval, 'export', f'{run}/ckpt_00000025.pt', 'earlier')
     assert not torch.equal(load_hf('earlier')(idx)[0], ours(idx)[0])
     prints(eval, 'export', 'new/hf', 'again')           # from one Hugging Face directory to another
     for name in ('model.safetensors', 'config.json', 'tokenizer.json'):
@@ -210,12 +214,12 @@ def test_what_export_refuses(run, fails):
     fails(eval, 'export', 'nowhere', 'hf', words=['nowhere'])
     fails(eval, 'export', run, 'hf', '--tokenizer', 'nowhere', words=['nowhere'])
     state = saved(run, 30)
-    state['weights']['embed_out.weight'][0, 0] = 1e5
+    state['model']['weights']['embed_out.weight'][0, 0] = 1e5
     torch.save(state, 'large.pt')
-    fails(eval, 'export', 'large.pt', 'hf', '--dtype', 'fp16', words=['fp16', 'too large', 'bf16'])
-    state['model']['vocab_size'] = 128
+    fails(eval, 'export', 'large.pt', 'hf', '--dtype', 'fp16', words=['float16', 'too large', 'bf16'])
+    state['model']['shape']['vocab_size'] = 128
     for name in ('gpt_neox.embed_in.weight', 'embed_out.weight'):
-        state['weights'][name] = state['weights'][name][:128]
+        state['model']['weights'][name] = state['model']['weights'][name][:128]
     torch.save(state, 'small.pt')
     fails(eval, 'export', 'small.pt', 'hf', '--tokenizer', 'bytes', words=['257', '128'])
     assert not Path('hf').exists()
@@ -250,7 +254,7 @@ def tokenized(bpe, start, prints):
     folder.mkdir(parents=True)
     ids = tokenizer.encode(Path(__file__).read_text() + ' '.join(TEXTS) * 50)
     for split in ('train', 'val'):
-        data.write_shard(folder / f'{split}.bin', ids, vocab_size=tokenizer.vocab_size,
+        write_shard(folder / f'{split}.bin', ids, vocab_size=tokenizer.vocab_size,
                          eot=tokenizer.eot, tokenizer=tokenizer.name)
     write_summary(folder, {'tokenizer': tokenizer.name}, {})
     shutil.copy(bpe / 'tokenizer.json', folder)
@@ -281,7 +285,7 @@ def test_a_stage_takes_the_tokenizer_of_its_parent(start, bpe, prints):
     shutil.copy(bpe / 'tokenizer.json', 'hf')
     Path('data/x').mkdir(parents=True)
     for split in ('train', 'val'):
-        data.write_shard(f'data/x/{split}.bin', range(300), vocab_size=384)
+        write_shard(f'data/x/{split}.bin', range(300), vocab_size=384)
     knobs = dict(train_data={'x': 1.0}, val_data=['x'], data_dir='data')
     prints(train, start('a', **knobs))
     prints(train, start('b', init_from='out/a/ckpt_00000002.pt', **knobs))

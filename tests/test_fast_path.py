@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import model
 from configurator import UserError
-from model import Attention, GPTNeoX, GPTNeoXConfig, Layer, check_fast_path, use_kernels
+from model import Attention, GPTNeoX, GPTNeoXConfig, Layer
+from support import cpu_attention, fast_path
 from test_model import BF16, assert_same_weights, distance, gradients, random_model, tokens
 from test_model import seed                             # noqa: F401, a fixture
 
@@ -28,22 +29,22 @@ pytestmark = pytest.mark.usefixtures('seed', 'one_thread')
 # ------------------------------------------------------------------------------
 # Edits of Layer.forward and of GPTNeoX.forward: the CPU's path follows them, Triton's does not
 
-def layer_without_mlp(self, x, cos, sin, cache=None):
-    return x + self.attention(self.input_layernorm(x), cos, sin, cache)
+def layer_without_mlp(self, x, cos, sin):
+    return x + self.attention(self.input_layernorm(x), cos, sin)
 
 
-def layer_with_larger_mlp(self, x, cos, sin, cache=None):
-    attended = self.attention(self.input_layernorm(x), cos, sin, cache)
+def layer_with_larger_mlp(self, x, cos, sin):
+    attended = self.attention(self.input_layernorm(x), cos, sin)
     return x + attended + 1.05 * self.mlp(self.post_attention_layernorm(x))
 
 
-def layer_with_dropout(self, x, cos, sin, cache=None):
-    return F.dropout(plain_layer(self, x, cos, sin, cache), 0.1)
+def layer_with_dropout(self, x, cos, sin):
+    return F.dropout(plain_layer(self, x, cos, sin), 0.1)
 
 
-def model_with_z_loss(self, idx, targets=None, cache=None, reduction='mean'):
+def model_with_z_loss(self, idx, targets=None, reduction='mean'):
     if targets is None:
-        return plain_model(self, idx, targets, cache, reduction)
+        return plain_model(self, idx)
     logits = plain_model(self, idx)[0].float()
     z_loss = 1e-4 * logits.logsumexp(-1).square().mean()
     return None, model.cross_entropy(logits, targets, reduction) + z_loss
@@ -60,7 +61,7 @@ OUTER_EDITS = {'a branch is dropped': (Layer, layer_without_mlp),
 
 def edited_attention(change, change_output=lambda y, qkv: y):
     """Attention.forward with changes before and after self.attend."""
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
         qkv = change(self.query_key_value(x).view(B, T, self.num_heads, 3, -1))
         return change_output(self.dense(self.attend(qkv, cos, sin)), qkv)
@@ -123,19 +124,20 @@ def small_model(**fixed):
     return net, tokens(net.config), tokens(net.config)
 
 
-def check(net, idx, targets, kernels='auto', dtype=torch.float32):
-    """'' when the check passes, else its message. It leaves a model as use_kernels made it."""
-    use_kernels(net, kernels, 'cpu', dtype)
-    before = [(type(module), getattr(module, 'attend', None)) for module in net.modules()]
-    message = ''
+def check(net, kernels='auto', dtype=torch.float32):
+    """'' when the check passes for the class and shape of a model, else its message."""
     try:
-        check_fast_path(net, idx, targets, kernels, 'cpu', dtype)
+        fast_path.check(type(net), net.config, kernels, 'cpu', dtype)
     except UserError as error:
-        message = str(error)
-        assert MESSAGE in message
-    assert all(p.grad is None for p in net.parameters())
-    assert before == [(type(m), getattr(m, 'attend', None)) for m in net.modules()]
-    return message
+        assert MESSAGE in str(error)
+        return str(error)
+    return ''
+
+
+def edit_causal_attention(monkeypatch, edited):
+    """As an edit of the file does, wherever the function is used."""
+    for module in (model, fast_path, cpu_attention):
+        monkeypatch.setattr(module, 'causal_attention', edited)
 
 
 def follows(net, idx, targets, kernels, dtype):
@@ -153,7 +155,7 @@ def test_edits_around_attention_train_as_written(edit, dtype, monkeypatch):
     net, idx, targets = small_model()
     before = gradients(net, idx, targets)['loss']
     monkeypatch.setattr(owner, 'forward', forward)
-    assert check(net, idx, targets, dtype=dtype) == ''
+    assert check(net, dtype=dtype) == ''
     assert gradients(net, idx, targets, 'auto')['loss'] != before
 
 
@@ -162,7 +164,7 @@ def test_edits_around_attention_train_as_written(edit, dtype, monkeypatch):
 def test_edits_of_the_attention_module_are_followed(edit, dtype, monkeypatch):
     monkeypatch.setattr(Attention, 'forward', ATTENTION_EDITS[edit])
     net, idx, targets = small_model()
-    assert check(net, idx, targets, dtype=dtype) == ''
+    assert check(net, dtype=dtype) == ''
     if edit != 'dropout':
         assert follows(net, idx, targets, 'auto', dtype)
 
@@ -171,86 +173,63 @@ def test_edits_of_the_attention_module_are_followed(edit, dtype, monkeypatch):
 @pytest.mark.parametrize('edit', INNER_EDITS)
 def test_edits_of_causal_attention_are_stopped(edit, dtype, monkeypatch):
     net, idx, targets = small_model()
-    assert check(net, idx, targets, dtype=dtype) == ''
-    monkeypatch.setattr(model, 'causal_attention', INNER_EDITS[edit])
-    assert 'gradients differ by' in check(net, idx, targets, dtype=dtype)
-    assert check(net, idx, targets, 'torch', dtype) == ''
+    assert check(net, dtype=dtype) == ''
+    edit_causal_attention(monkeypatch, INNER_EDITS[edit])
+    assert 'gradients differ by' in check(net, dtype=dtype)
+    assert check(net, 'torch', dtype) == ''
 
 
 def test_edits_of_both_that_the_fast_path_cannot_run_are_stopped(monkeypatch):
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, self.num_heads, 3, -1)
         return self.dense(self.attend(qkv, cos, sin, 0.9))
     net, idx, targets = small_model()
     monkeypatch.setattr(Attention, 'forward', forward)
-    monkeypatch.setattr(model, 'causal_attention', attention_with_another_argument)
-    assert 'It fails: ' in check(net, idx, targets)
+    edit_causal_attention(monkeypatch, attention_with_another_argument)
+    assert 'It fails: ' in check(net)
 
 
 def test_an_error_in_the_plain_model_stays_that_error(monkeypatch):
     monkeypatch.setattr(Layer, 'forward', lambda self, x, *rest: self.mlp(x[..., 1:]))
     net, idx, targets = small_model()
     with pytest.raises(RuntimeError, match='mat1 and mat2'):
-        check(net, idx, targets)
+        check(net)
 
 
 def test_random_numbers_that_torch_does_not_draw_need_the_plain_path(monkeypatch):
-    monkeypatch.setattr(Layer, 'forward', lambda self, x, cos, sin, cache=None:
-                        np.random.rand() * plain_layer(self, x, cos, sin, cache))
+    monkeypatch.setattr(Layer, 'forward', lambda self, x, cos, sin:
+                        np.random.rand() * plain_layer(self, x, cos, sin))
     net, idx, targets = small_model()
-    assert check(net, idx, targets) != ''
-    assert check(net, idx, targets, 'torch') == ''
+    assert check(net) != ''
+    assert check(net, 'torch') == ''
 
 
 def test_the_check_multiplies_in_full_precision_and_leaves_the_setting():
     torch.set_float32_matmul_precision('medium')
     try:
-        assert check(*small_model()) == ''
+        assert check(small_model()[0]) == ''
         assert torch.get_float32_matmul_precision() == 'medium'
     finally:
         torch.set_float32_matmul_precision('highest')
 
 
-def large_model():
-    """Up to 5 times the initial weights, and norms as unequal as those of a trained model."""
-    net, idx, targets = small_model(num_hidden_layers=random.randint(1, 4))
-    factor, noise = random.uniform(1, 5), random.random()
-    net.init_weights()
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            if p.dim() >= 2:
-                p.mul_(factor)
-            elif name.endswith('weight'):
-                p.uniform_(0.3, 3)
-            else:
-                p.normal_(std=noise)
-    return net, idx, targets
-
-
-def tiny_model():
-    return small_model(hidden_size=8, vocab_size=5, num_hidden_layers=1,
-                       max_position_embeddings=random.randint(1, 9))
-
-
-def fresh_model():
-    net, idx, targets = small_model()
-    net.init_weights()
-    return net, idx, targets
-
-
-@pytest.mark.parametrize('make', [fresh_model, small_model, tiny_model, large_model])
-def test_no_model_raises_a_false_alarm(make):
-    for _ in range(15):
-        net, idx, targets = make()
+def test_no_model_raises_a_false_alarm():
+    for _ in range(30):
+        heads, size = random.choice([1, 2, 3]), random.choice([4, 8, 16])
+        net, *_ = small_model(hidden_size=heads * size, num_attention_heads=heads,
+                              vocab_size=random.randint(5, 400),
+                              num_hidden_layers=random.randint(1, 4),
+                              max_position_embeddings=random.randint(1, 130))
         print(net.config)
-        assert check(net, idx, targets, dtype=random.choice(DTYPES)) == ''
+        assert check(net, dtype=random.choice(DTYPES)) == ''
 
 
-def test_weights_that_are_not_finite_are_left_to_training():
-    net, idx, targets = small_model()
-    net.embed_out.weight.data[3, 3] = float('nan')
-    assert check(net, idx, targets) == ''
+def test_the_sequences_of_the_check_are_as_long_as_the_block(monkeypatch):
+    """An edit may act on late positions alone."""
+    edit_causal_attention(monkeypatch, attention_with(window=100))
+    assert check(small_model(max_position_embeddings=90)[0]) == ''
+    assert check(small_model(max_position_embeddings=120)[0]) != ''
 
 
 def test_a_subclass_keeps_its_forward():
@@ -261,9 +240,9 @@ def test_a_subclass_keeps_its_forward():
         forward = model_with_z_loss
     net = MyModel(small_model()[0].config)
     net.gpt_neox.layers[1] = MyLayer(net.config)
-    use_kernels(net, 'auto')
+    fast_path.choose(net)
     assert [type(net), type(net.gpt_neox.layers[1])] == [MyModel, MyLayer]
-    assert check(net, tokens(net.config), tokens(net.config)) == ''
+    assert check(net) == ''
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
@@ -275,11 +254,24 @@ def test_models_with_a_fast_path_can_be_copied(duplicate):
     assert distance(gradients(twin, idx, targets, 'auto'), expected) == 0
 
 
+def test_a_copy_computes_with_other_weights_by_the_same_path():
+    net, idx, targets = small_model()
+    fast_path.choose(net)
+    others = {name: p + 0.1 for name, p in net.state_dict().items()}
+    twin = fast_path.copy_of(net, GPTNeoX(net.config), others)
+    assert twin.fast == net.fast
+    assert [layer.attention.attend for layer in twin.gpt_neox.layers] == [
+        layer.attention.attend for layer in net.gpt_neox.layers]
+    assert not torch.equal(twin(idx)[0], net(idx)[0])
+    net.load_state_dict(others)
+    assert torch.equal(twin(idx)[0], net(idx)[0])
+
+
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_a_run_stops_before_its_first_step_and_trains_on_the_plain_path(dtype, config, monkeypatch,
                                                                         tmp_path, capsys):
     import train
-    monkeypatch.setattr(model, 'causal_attention', INNER_EDITS['a window'])
+    edit_causal_attention(monkeypatch, INNER_EDITS['a window'])
     run = config('a', max_steps=6, dtype=dtype)
     assert train.main([run]) == 2
     assert MESSAGE in capsys.readouterr().err

@@ -394,7 +394,7 @@ def test_saving_and_loading_change_nothing(saved):
 
 def test_half_precision_is_saved_as_it_is_and_read_as_float32(tmp_path, seed):
     model = random_model(random_config()).half()
-    save_hf(model, tmp_path / 'm', eot=3)
+    save_hf(model, tmp_path / 'm', eot=3, dtype=torch.float16)
     raw = json.loads((tmp_path / 'm/config.json').read_text())
     assert raw['torch_dtype'] == 'float16' and raw['bos_token_id'] == raw['eos_token_id'] == 3
     read = load_hf(tmp_path / 'm')
