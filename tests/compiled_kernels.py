@@ -18,7 +18,8 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
-from model import GPTNeoX, GPTNeoXConfig, use_kernels
+from model import GPTNeoX, GPTNeoXConfig
+from support import fast_path
 
 # loops: the instructions of every innermost loop that multiplies matrices
 Code = namedtuple('Code', 'kernel options resources sass loops')
@@ -119,7 +120,7 @@ def step():
     """The kernels of a training step of two layers of Pythia-410M in bfloat16."""
     def run():
         net = GPTNeoX(GPTNeoXConfig.pythia('410m', num_hidden_layers=2))
-        assert use_kernels(net, 'auto', 'cuda', BF16) == 'Triton'
+        assert fast_path.choose(net, 'auto', 'cuda', BF16) == 'Triton'
         idx = torch.zeros(1, 128, dtype=torch.long)
         with torch.autocast('cpu', BF16):
             loss = net(idx, idx)[1]

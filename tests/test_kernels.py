@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
-from model import (FlashAttention, GPTNeoX, GPTNeoXConfig, Layer, TritonGPTNeoX, TritonLayer,
-                   causal_attention, cpu_attention, cudnn_attention, use_kernels)
+from model import FlashAttention, GPTNeoX, GPTNeoXConfig, causal_attention
+from support import fast_path
+from support.cpu_attention import cpu_attention
 from test_model import gradients
 
 needs_triton = pytest.mark.skipif(model.triton is None, reason='Triton is not installed')
@@ -85,7 +87,7 @@ def test_compiled_layers_leave_the_embedding_outside(kernels, parallel):
 # ------------------------------------------------------------------------------
 # The choice of the path, and its sentence
 
-CUDNN, BF16 = cudnn_attention, torch.bfloat16
+BF16 = torch.bfloat16
 FLASH, PLAIN, ON_CPU = FlashAttention.apply, causal_attention, cpu_attention
 BY_TRITON = (True, FLASH, 'Triton')
 NO_GPU = 'plain PyTorch, not Triton: they need an NVIDIA GPU'
@@ -103,7 +105,8 @@ NO_GPU = 'plain PyTorch, not Triton: they need an NVIDIA GPU'
 
     # where the kernels cannot run
     (('triton', 'cpu', BF16), {}, False, PLAIN, f'{NO_GPU}, and this is cpu'),
-    (('auto', 'cuda', BF16), {'hip': '6.0'}, False, PLAIN, NO_GPU),
+    (('auto', 'cuda', BF16), {'hip': '6.0'}, False, PLAIN,
+     'plain PyTorch, not Triton: they are written for NVIDIA GPUs, and this one is by AMD'),
     (('auto', 'cuda', BF16), {'triton': None}, False, PLAIN,
      'plain PyTorch, not Triton: Triton is not installed'),
     (('auto', 'cuda', BF16), {'capability': (7, 5)}, False, PLAIN, 'plain PyTorch, not Triton: '
@@ -115,29 +118,23 @@ NO_GPU = 'plain PyTorch, not Triton: they need an NVIDIA GPU'
     (('auto', 'cuda', BF16), {'width': 257 * 8}, False, PLAIN, 'plain PyTorch, not Triton: the '
      'model is wider than they support (8192, heads of 256)'),
 
-    # where PyTorch's attention is faster
+    # no matrix unit multiplies float32 in full
     (('auto', 'cuda', torch.float32), {}, True, PLAIN,
-     'Triton; attention by PyTorch, faster in float32'),
-    (('auto', 'cuda', BF16, False), {'width': 1024}, True, CUDNN,
-     'Triton; attention by cuDNN (deterministic = False)'),
-    (('auto', 'cuda', BF16, False), {'width': 512}, *BY_TRITON),
-    (('auto', 'cuda', BF16, True), {'width': 1024}, *BY_TRITON),
-    (('triton', 'cuda', BF16, False), {'width': 1024}, *BY_TRITON),
-    (('auto', 'cuda', BF16, False), {'width': 1024, 'capability': (8, 0)}, *BY_TRITON)])
+     'Triton; attention by PyTorch, faster in float32')])
 def test_the_path_and_its_sentence(asked, machine, uses_triton, attend, sentence, monkeypatch):
     capability = machine.get('capability', (9, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: capability)
     monkeypatch.setattr(torch.version, 'hip', machine.get('hip'))
-    monkeypatch.setattr(model, 'triton', machine.get('triton', model.triton))
+    triton = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(fast_path, 'triton', machine.get('triton', triton))
     config = GPTNeoXConfig(8, machine.get('width', 64), 1, 8, 8)
     with torch.device('meta'):
         net = GPTNeoX(config)
     for _ in range(2):                                  # from any path to any other
-        assert use_kernels(net, *asked) == sentence
-        layer = net.gpt_neox.layers[0]
-        expected = (TritonGPTNeoX, TritonLayer) if uses_triton else (GPTNeoX, Layer)
-        assert (type(net), type(layer)) == expected and layer.attention.attend == attend
-        use_kernels(net, 'torch')
+        assert fast_path.choose(net, *asked) == sentence
+        assert net.fast == uses_triton
+        assert net.gpt_neox.layers[0].attention.attend == attend
+        fast_path.choose(net, 'torch')
 
 
 def test_a_path_that_does_not_exist_is_refused(config, capsys):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, metrics, plain, saved
 
-import train
-from model import GPTNeoX, GPTNeoXConfig, save_hf
+from configurator import UserError
+from model import GPTNeoX, GPTNeoXConfig
+from support import checkpoints, parallel
+from support.huggingface import save_hf
 
 FSDP = dict(parallel='fsdp', batch_size=12, num_hidden_layers=2, milestones=[0])
 # replay, a switch in the middle, and 7 windows, which neither 2 nor 3 processes share evenly
@@ -51,17 +53,9 @@ def test_sharded_processes_train_as_one(config, forked, world, per_node):
     for many, one in zip(curves('out/many'), curves('out/one')):
         torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
     # the same initial weights to the last bit; after 20 steps of Adam, within rounding
-    assert plain(saved('out/many', 0)['weights']) == plain(saved('out/one', 0)['weights'])
-    for name, tensor in saved('out/many')['weights'].items():
-        torch.testing.assert_close(tensor, saved('out/one')['weights'][name], rtol=0, atol=2e-3)
-
-
-def test_micro_steps_without_an_exchange_add_up_to_the_same(config, forked):
-    knobs = dict(FSDP, micro_batch_size=2, max_steps=6)
-    ends_well(forked, [config('each', **knobs)], world=2)
-    ends_well(forked, [config('last', **knobs, sync_every_micro_step=False)], world=2)
-    for a, b in zip(curves('out/each'), curves('out/last')):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert plain(saved('out/many', 0)['model']['weights']) == plain(saved('out/one', 0)['model']['weights'])
+    for name, tensor in saved('out/many')['model']['weights'].items():
+        torch.testing.assert_close(tensor, saved('out/one')['model']['weights'][name], rtol=0, atol=2e-3)
 
 
 def test_a_killed_run_resumes_bit_for_bit(config, forked):
@@ -69,8 +63,8 @@ def test_a_killed_run_resumes_bit_for_bit(config, forked):
     codes, _ = forked([config('cut', **MIXED)], world=2, at=('update', 14))
     assert -signal.SIGKILL in codes
     ends_well(forked, ['cut.py'], world=2)
-    for key in ('weights', 'optimizer'):
-        assert plain(saved('out/whole')[key]) == plain(saved('out/cut')[key])
+    for part in ('model', 'optimizer'):
+        assert plain(saved('out/whole')[part]) == plain(saved('out/cut')[part])
     assert metrics('out/whole', 'train') == metrics('out/cut', 'train')
 
 
@@ -83,7 +77,7 @@ def test_a_damaged_checkpoint_is_found_by_one_process_for_all(config, forked):
     newest.write_bytes(raw)
     ends_well(forked, ['cut.py'], world=2)
     assert 'Trying an older checkpoint' in Path('stdout_0').read_text()
-    assert plain(saved('out/whole')['weights']) == plain(saved('out/cut')['weights'])
+    assert plain(saved('out/whole')['model']['weights']) == plain(saved('out/cut')['model']['weights'])
 
 
 @pytest.mark.parametrize('first, second', [((2, 'fsdp'), (1, 'ddp')), ((2, 'fsdp'), (2, 'ddp')),
@@ -103,34 +97,33 @@ def test_every_way_to_start(config, forked):
     ends_well(forked, [config('up', **FSDP)], world=2)
     kept = config('kept', **FSDP, init_from='out/up', keep_optimizer=True)
     ends_well(forked, [kept], world=2)
-    for key in ('weights', 'optimizer'):
-        assert plain(saved('out/kept', 0)['weights']) == plain(saved('out/up')['weights'])
-    moments = [plain(saved(run, step)['optimizer']['state'])
+    assert plain(saved('out/kept', 0)['model']['weights']) == plain(saved('out/up')['model']['weights'])
+    moments = [plain(saved(run, step)['optimizer']['moments'])
                for run, step in (('out/kept', 0), ('out/up', 20))]
     assert moments[0] == moments[1]
     ends_well(forked, [config('branch', **dict(FSDP, max_steps=24, milestones=[20]),
                               branch_from='out/up')], world=2)
-    assert plain(saved('out/branch')['weights']) == plain(saved('out/up')['weights'])
+    assert plain(saved('out/branch')['model']['weights']) == plain(saved('out/up')['model']['weights'])
 
     net = GPTNeoX(GPTNeoXConfig(384, 32, 2, 2, max_position_embeddings=32)).bfloat16()
     save_hf(net, 'hf')
     ends_well(forked, [config('hf', **FSDP, init_from='hf')], world=2)
     for name, tensor in net.state_dict().items():
-        assert torch.equal(saved('out/hf', 0)['weights'][name], tensor.float())
+        assert torch.equal(saved('out/hf', 0)['model']['weights'][name], tensor.float())
 
 
 def test_eval_opens_what_a_sharded_run_saves(config, forked):
     ends_well(forked, [config('a', **FSDP)], world=2)
     import eval
     state, net = eval.load_run('out/a')
-    assert state['step'] == 20 and net.num_params() == sum(p.numel() for p in net.parameters())
+    assert state['progress']['step'] == 20 and net.num_params() == sum(p.numel() for p in net.parameters())
 
 
 def test_a_signal_to_one_process_stops_all(config, forked):
     codes, _ = forked([config('a', **FSDP)], world=2, at=('train', 7), rank=1,
                       signals=[signal.SIGTERM])
     assert codes == [0, 0]
-    assert max(train.eval.checkpoints('out/a')) < 20
+    assert max(checkpoints.find('out/a')) < 20
     ends_well(forked, ['a.py'], world=2)
 
 
@@ -159,7 +152,7 @@ def test_a_run_whose_torchrun_is_killed_saves_and_stops(config):
     launcher = torchrun(config)
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: any(step > 0 for step in train.eval.checkpoints('out/a')))
+    wait_for(lambda: any(step > 0 for step in checkpoints.find('out/a')))
 
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes in /proc')
@@ -192,7 +185,7 @@ def test_a_checkpoint_of_another_size_is_one_message(config, forked):
     ends_well(forked, [config('up', **FSDP)], world=2)
     path = Path('out/up/ckpt_00000020.pt')
     state = torch.load(path, weights_only=True)
-    state['weights']['embed_out.weight'] = torch.zeros(3, 3)
+    state['model']['weights']['embed_out.weight'] = torch.zeros(3, 3)
     torch.save(state, path)
     codes, err = forked([config('b', **FSDP, init_from='out/up')], world=2)
     assert codes[0] == 2 and 'Traceback' not in err
@@ -204,7 +197,8 @@ def test_one_process_says_that_nothing_is_sharded(config, forked):
     assert 'processes: 1, so nothing is sharded' in Path('stdout_0').read_text()
 
 
-def test_a_machine_with_too_little_memory_is_told_before_the_first_step(config, monkeypatch):
-    monkeypatch.setattr(train.Path, 'read_text', lambda self: 'MemAvailable: 1 kB\nMemFree: 1 kB')
-    with pytest.raises(train.UserError, match='GB of CPU memory, but 0.0 GB are free'):
-        train.check_memory_to_save(None, GPTNeoX(GPTNeoXConfig(384, 32, 2, 2)))
+def test_a_machine_with_too_little_memory_is_told_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(parallel.Path, 'read_text',
+                        lambda self: 'MemAvailable: 1 kB\nMemFree: 1 kB')
+    with pytest.raises(UserError, match='GB of CPU memory, but 0.0 GB are free'):
+        parallel.check_memory_to_save(GPTNeoX(GPTNeoXConfig(384, 32, 2, 2)))
