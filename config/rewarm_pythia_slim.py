@@ -10,7 +10,7 @@ below its start. Its other runs, each with an --out_dir of its own:
     --warmup=0                                             Fig. 1: 0, 0.005, 0.01, 0.02; first 50B
     --learning_rate=1.5e-4 --min_lr=1.5e-5                 Figs. 2-4: 1.5e-4, 3e-4, 6e-4, to a tenth
     --schedule=constant --learning_rate=3e-5 --warmup=0    Figs. 2-4: Pythia's final rate throughout
-    --init_from= --pythia=410m --vocab_size=50304           Figs. 2, 3: from scratch
+    --init_from= --pythia=410m --vocab_size=50304 --old_data="[]"  Figs. 2, 3: from scratch
     --train_data="{'pile': 1}"                             Figs. 5, 6: the Pile again, same peaks
     --init_from=weights/pythia-410m-step10000 --warmup=0   Figs. 7-9: warmup 0 and 0.01
 

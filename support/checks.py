@@ -160,7 +160,9 @@ def check_effects(cfg, origin):
             'without replay',
             'replay_data': cfg.replay_data and not has_replay and 'while replay is 0'}
     for knob, why in idle.items():
-        other = 'replay' if knob == 'replay_data' else knob
+        # replay may have been on in the file that names them, and be off since
+        replay = max('replay', 'switches', key=order.index)
+        other = replay if knob == 'replay_data' else knob
         require(not (why and is_meant(knob, other)), f'{knob} has no effect {why or ""} '
                 f'({origin[knob]}). Drop it.')
 

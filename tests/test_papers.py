@@ -1,6 +1,6 @@
 """The papers' experiments: the numbers that true-scale configs imply, and two steps of each.
 
-The program itself works them out: configurator, schedules, train.find_phases, data.Mixture.
+The program itself works them out: configurator, schedules, data.plan_mixes, data.Mixture.
 """
 import ast
 import functools
@@ -23,10 +23,11 @@ import schedules
 import train
 from corpora.shards import write_corpus
 from model import GPTNeoX
+from support import checks, processes
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-Plan = namedtuple('Plan', 'cfg origin lr phases mixture step_tokens')
+Plan = namedtuple('Plan', 'cfg origin lr mixes mixture step_tokens')
 
 
 @functools.cache
@@ -34,21 +35,25 @@ def plan(command):
     """What `train.py command` will do. Of the data it needs only the names."""
     words = shlex.split(command)
     cfg, origin = configurator.load(train.Config, words)
-    train.check(cfg, origin)
-    lr = schedules.build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate, **vars(cfg))
-    mode, before = 'scratch', None
+    without_data(checks.check_knobs, cfg, origin)
+    lr, mixes, step = schedules.of(cfg), [], 0
     if cfg.branch_from:                             # off the main line, the config as it stands
         step, line = int(re.search(r'ckpt_(\d{8})\.pt$', cfg.branch_from)[1]), plan(words[0])
         assert step in line.cfg.milestones and cfg.branch_from.startswith(line.cfg.out_dir)
-        mode, before = 'branch_from', {'step': step, 'phases': line.phases}
-    names = {name for _, weights in train.mixtures(cfg) for name in weights}
-    sources = {name: SimpleNamespace(block_size=cfg.block_size) for name in names}
-    phases = train.find_phases(cfg, lr, sources, before, mode)
-    for _, weights in phases:
-        for name in weights:
-            sources.setdefault(name, SimpleNamespace(block_size=cfg.block_size))
-    mixture = data.Mixture(sources, phases)
-    return Plan(cfg, origin, lr, phases, mixture, cfg.batch_size * cfg.block_size)
+        mixes = [mix for mix in line.mixes if mix[0] < step * cfg.batch_size]
+    for first_sample, weights in data.plan_mixes(cfg, lr, step):
+        if not mixes or mixes[-1][1] != weights:
+            mixes.append((first_sample, weights))
+    sources = {name: SimpleNamespace(block_size=cfg.block_size) for _, mix in mixes for name in mix}
+    mixture = data.Mixture(sources, mixes)
+    return Plan(cfg, origin, lr, mixes, mixture, cfg.batch_size * cfg.block_size)
+
+
+def without_data(check, *args):
+    """Call a check of knobs as if all data were there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, 'find_shards', lambda *_: ['all.bin'])
+        return check(*args)
 
 
 def tracked_configs():
@@ -89,7 +94,7 @@ def test_a_config_opens_with_all_that_is_needed_to_run_it(name, monkeypatch):
     # the command fits the config
     this = plan(f'config/{name}.py')
     monkeypatch.setenv('WORLD_SIZE', processes or '1')
-    train.check(this.cfg, this.origin)
+    without_data(checks.check_knobs, this.cfg, this.origin)
     assert bool(processes) == (name in TRUE_SCALE and not name.endswith('_1gpu'))
     assert this.cfg.out_dir == f'out/{name}'
 
@@ -155,6 +160,10 @@ def lasts(this):
     return [row.last for row in this.lr.phases]
 
 
+# a start from random weights
+FROM_NOTHING = train.Start('scratch', '', {}, {}, {}, {}, {}, {})
+
+
 def model_of(this):
     """The model that the run trains, without memory for its weights."""
     cfg, origin = this.cfg, this.origin
@@ -162,10 +171,9 @@ def model_of(this):
         return model_of(plan(cfg.init_from))
     released = re.search(r'pythia-(\d+m)', cfg.init_from)
     if released:
-        cfg = replace(cfg, model=released[1], vocab_size=50304)
-    shards = {'any': SimpleNamespace(shards=[SimpleNamespace(vocab_size=50277)])}
+        cfg = replace(cfg, pythia=released[1], vocab_size=50304)
     with torch.device('meta'):
-        return GPTNeoX(train.model_shape(cfg, origin, None, shards))
+        return GPTNeoX(train.model_shape(cfg, origin, FROM_NOTHING, cfg.vocab_size or 50304))
 
 
 def parameters(this):
@@ -174,12 +182,12 @@ def parameters(this):
 
 def qa(this):
     """Billions of tokens of QA data."""
-    return sum(n for name, n in tokens(this).items() if name.startswith('qa_'))
+    return sum(n for name, n in tokens(this).items() if name.startswith('qa/'))
 
 
 def late(this):
     """Billions of tokens from the last switch on."""
-    return total(this) - this.phases[-1][0] * this.cfg.block_size / 1e9
+    return total(this) - this.mixes[-1][0] * this.cfg.block_size / 1e9
 
 
 def option_with(word):
@@ -203,7 +211,7 @@ REPEATED = f'{INFINITE} --schedule=repeated_cosine'
 NEVER = f'{REUSE} --switches="[]"'
 THROUGHOUT = f'{REUSE} --switches="[]" --replay=0.1'
 LATE_50B = f'{REUSE} --switches="[{{\'step\': 52982, \'replay\': 0.1}}]"'
-HALF, TENTH, FIFTIETH = (f'{REUSE} --switches="[{{\'lr\': {at}, \'replay\': 0.1}}]"'
+HALF, TENTH, FIFTIETH = (f'{REUSE} --switches="[{{\'lr_below\': {at}, \'replay\': 0.1}}]"'
                          for at in (0.5, 0.1, 0.02))
 
 # Tokens are in billions. Without a number of its own, a fact holds but for rounding of floats.
@@ -213,9 +221,9 @@ GUPTA = [
     # 1104 x 2048, the tokens of an iteration, and Table 1: their sum, and Sampling %
     Fact(PYTHIA, lambda p: p.step_tokens, 2_260_992),
     Fact(PYTHIA, total, 296.86, 0.005),
-    Fact(PYTHIA, percent, {'slim_stackexchange': 2, 'slim_arxiv': 2.5, 'slim_wikipedia': 4.5,
-                           'slim_book': 4.5, 'slim_github': 4.5, 'slim_c4': 15,
-                           'slim_commoncrawl': 67}, 1e-4),
+    Fact(PYTHIA, percent, {'slimpajama/stackexchange': 2, 'slimpajama/arxiv': 2.5, 'slimpajama/wikipedia': 4.5,
+                           'slimpajama/book': 4.5, 'slimpajama/github': 4.5, 'slimpajama/c4': 15,
+                           'slimpajama/commoncrawl': 67}, 1e-4),
     # section 3: warmup of 1%, cosine, then constant: 10% of MaxLR at 240B
     Fact(PYTHIA, lambda p: p.lr.phases[-1].start * p.step_tokens / 1e9, 239.5, 0.5),
     Fact(PYTHIA, lasts, [3e-4, 3e-5, 3e-5]),
@@ -258,29 +266,29 @@ IBRAHIM = [
     # and of a split of 100B (Fig. 10); the main line is neither annealed nor re-warmed
     Fact(INFINITE, ends, [442, 26_537, 132_687]),
     Fact(BRANCH_1, ends, [442, 26_537, 37_595, 44_229]),
-    Fact(BRANCH_1, tokens, {'slimpajama_1': 100}, 0.002),
+    Fact(BRANCH_1, tokens, {'slimpajama/1': 100}, 0.002),
     Fact(BRANCH_2, lambda p: [p.lr(88_457), p.lr(81_823)], [3e-5, 1.65e-4]),
-    Fact(BRANCH_2, tokens, {'slimpajama_1': 100, 'slimpajama_2': 100}, 0.002),
-    Fact(INFINITE, tokens, {f'slimpajama_{i}': 100 for i in (1, 2, 3)}, 0.002),
+    Fact(BRANCH_2, tokens, {'slimpajama/1': 100, 'slimpajama/2': 100}, 0.002),
+    Fact(INFINITE, tokens, {f'slimpajama/{i}': 100 for i in (1, 2, 3)}, 0.002),
     Fact(INFINITE, lambda p: p.cfg.constant_lr, (3e-4 + 3e-5) / 2, 1e-12),
     Fact(INFINITE, lambda p: [p.lr(n) for n in (44_228, 44_229, 88_458)], [1.65e-4] * 3),
     Fact(REPEATED, ends, [442, 44_229, 44_671, 88_458, 88_900, 132_687]),
     Fact(REPEATED, lasts, [3e-4, 3e-5] * 3),
     # A.1: 132,363 iterations in all; Table 1: tokens and weight of each domain
     Fact(DOMAINS, lambda p: p.cfg.max_steps, 132_363),
-    Fact(DOMAINS, tokens, {'slim_commoncrawl': 155.89, 'slim_c4': 79.87, 'slim_github': 15.63,
-                           'slim_arxiv': 13.25, 'slim_book': 12.58, 'slim_wikipedia': 11.96,
-                           'slim_stackexchange': 10.09}, 0.006),
-    Fact(DOMAINS, percent, {'slim_commoncrawl': 52.088, 'slim_c4': 26.688, 'slim_github': 5.224,
-                            'slim_arxiv': 4.428, 'slim_book': 4.203, 'slim_wikipedia': 3.997,
-                            'slim_stackexchange': 3.371}, 0.001),
+    Fact(DOMAINS, tokens, {'slimpajama/commoncrawl': 155.89, 'slimpajama/c4': 79.87, 'slimpajama/github': 15.63,
+                           'slimpajama/arxiv': 13.25, 'slimpajama/book': 12.58, 'slimpajama/wikipedia': 11.96,
+                           'slimpajama/stackexchange': 10.09}, 0.006),
+    Fact(DOMAINS, percent, {'slimpajama/commoncrawl': 52.088, 'slimpajama/c4': 26.688, 'slimpajama/github': 5.224,
+                            'slimpajama/arxiv': 4.428, 'slimpajama/book': 4.203, 'slimpajama/wikipedia': 3.997,
+                            'slimpajama/stackexchange': 3.371}, 0.001),
     # the authors' settings: 5% replay among all that came before
     Fact(SPLITS, lambda p: percent(p, 0, 44_229),
-         {'pile': 5, 'slimpajama_1': 95, 'slimpajama_2': 0, 'slimpajama_3': 0}, 0.001),
+         {'pile': 5, 'slimpajama/1': 95, 'slimpajama/2': 0, 'slimpajama/3': 0}, 0.001),
     Fact(SPLITS, lambda p: percent(p, 44_229, 88_458),
-         {'pile': 3.81, 'slimpajama_1': 1.19, 'slimpajama_2': 95, 'slimpajama_3': 0}, 0.001),
+         {'pile': 3.81, 'slimpajama/1': 1.19, 'slimpajama/2': 95, 'slimpajama/3': 0}, 0.001),
     Fact(SPLITS, lambda p: percent(p, 88_458),
-         {'pile': 3.09, 'slimpajama_1': 0.96, 'slimpajama_2': 0.95, 'slimpajama_3': 95}, 0.001),
+         {'pile': 3.09, 'slimpajama/1': 0.96, 'slimpajama/2': 0.95, 'slimpajama/3': 95}, 0.001),
     Fact(SPLITS, ends, [442, 44_229, 44_671, 88_458, 88_900, 132_687]),
     # both papers, and Pythia-410M; section 6.4
     Fact(PILE, parameters, 405_334_016),
@@ -312,7 +320,7 @@ PARMAR = [
     Fact(THROUGHOUT, lambda p: qa(p) / 2.81, 10.7, 0.05),
     Fact(NEVER, qa, 0),
     # Fig. 2, blend 3, whose bars sum to 100.1; Fig. 1, whose bars sum to 100.5
-    Fact(REUSE, lambda p: [100 * tokens(p)[f'qa_{n}'] / qa(p) for n in
+    Fact(REUSE, lambda p: [100 * tokens(p)[f'qa/{n}'] / qa(p) for n in
                            ('chat', 'reasoning', 'stem', 'code', 'world')],
          [9.3, 32.7, 11.0, 6.6, 40.5], 0.05),
     Fact(NEVER, lambda p: percent(p)['web_hq'], 12, 0.1),
@@ -335,7 +343,7 @@ def test_a_number_of_the_papers(fact):
 # ------------------------------------------------------------------------------
 # Two steps of each, at toy size
 
-TOY = ['--model=', '--hidden_size=32', '--num_hidden_layers=1', '--num_attention_heads=2',
+TOY = ['--pythia=', '--hidden_size=32', '--num_hidden_layers=1', '--num_attention_heads=2',
        '--vocab_size=0', '--block_size=32', '--batch_size=8', '--micro_batch_size=4',
        '--eval_windows=4', '--log_every=1', '--device=cpu', '--dtype=fp32', '--compile=false']
 
@@ -360,7 +368,7 @@ def two_steps(toys, monkeypatch):
 
     def batch(self, g):
         taken.append(1)
-        if len(taken) == 5:                         # one to check the kernels, two in each step
+        if len(taken) == 4:                         # two in each step
             os.kill(os.getpid(), signal.SIGTERM)
         return real_batch(self, g)
     monkeypatch.setattr(data.Mixture, 'batch', batch)
@@ -369,29 +377,54 @@ def two_steps(toys, monkeypatch):
         out = toys / 'out' / name
         if not out.exists():
             taken.clear()
-            monkeypatch.setattr(train, 'stop_signals', [])
+            monkeypatch.setattr(processes, 'received', [])
             folders = [f'--data_dir={toys}', f'--out_dir={out}']
             assert train.main([f'config/{name}.py', *TOY, *folders, *argv]) == 0
         return out
     return run
 
 
+OLD, NEW, AGAIN, NEVER_READ = 'old data', 'new data', 'the same data again', 'never trained on'
+DATA = 'training data'
+# What each validation set is to the run, by the papers. Toys of Pythia start from one on the Pile.
+ROLES = {
+    'domains_slim': {'pile': OLD, 'slimpajama': NEW},
+    'infinite_slim': {'slimpajama': DATA},
+    'pretrain_general': {'web': DATA, 'papers': DATA, 'encyclopedia': DATA, 'multilingual': DATA,
+                         'code': DATA},
+    'pretrain_pile': {'pile': DATA, 'slimpajama': NEVER_READ},
+    'pretrain_pile_10b': {'pile': DATA, 'slimpajama': NEVER_READ},
+    # QA data are new, though they stand in replay_data. Two steps of the old toy read 16 samples,
+    # none of which was of the encyclopedia.
+    'reuse_general_qa': {'web_hq': NEW, 'papers': AGAIN, 'encyclopedia': NEW, 'multilingual': AGAIN,
+                         'code': AGAIN, 'qa/reasoning': NEW, 'qa/stem': NEW, 'qa/world': NEW},
+    'rewarm_pile_german': {'pile': OLD, 'german': NEW},
+    'rewarm_pile_slim': {'pile': OLD, 'slimpajama': NEW},
+    'rewarm_pile_slim_10b': {'pile': OLD, 'slimpajama': NEW},
+    'rewarm_pile_slim_1gpu': {'pile': OLD, 'slimpajama': NEW},
+    'rewarm_pythia_slim': {'pile': OLD, 'slimpajama': NEW},
+    'rewarm_splits': {'pile': OLD, 'slimpajama': NEW},
+    'scratch_slim': {'pile': NEVER_READ, 'slimpajama': DATA},
+    'union_pile_slim': {'pile': DATA, 'slimpajama': DATA},
+}
+
+
 @pytest.mark.parametrize('name', TRUE_SCALE)
 def test_two_steps(name, two_steps):
     """The size is a toy's. Steps, rates, mixtures and where they switch are the paper's."""
-    this, start, trained_on = plan(f'config/{name}.py'), [], []
+    this, start = plan(f'config/{name}.py'), []
     if this.cfg.init_from:
         # a toy of the run that it starts from; for Pythia's weights, of the one on the Pile
         config = re.fullmatch(r'config/(\w+)\.py', this.cfg.init_from)
         upstream = config[1] if config else 'pretrain_pile'
         start = [f'--init_from={two_steps(upstream)}']
-        trained_on = sorted(plan(f'config/{upstream}.py').mixture.sources)
     out = two_steps(name, *start)
 
     state, rates = saved(out, 2), [(row['step'], row['lr']) for row in metrics(out, 'train')]
-    switches = [(first // this.cfg.batch_size, weights) for first, weights in this.phases]
-    assert [(first // 8, weights) for first, weights in state['phases']] == switches
+    mixes = [*state['progress']['mixes'], *state['stage']['mixes']]
+    switches = [(first // this.cfg.batch_size, weights) for first, weights in this.mixes]
+    assert [(first // 8, weights) for first, weights in mixes] == switches
     assert rates == [(1, this.lr(0)), (2, this.lr(1))]
-    assert state['trained_on'] == trained_on
+    assert state['stage']['roles'] == ROLES[name]
     [first] = metrics(out, 'eval')
     assert list(first['val']) == this.cfg.val_data

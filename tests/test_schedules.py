@@ -7,12 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import schedules
+import train
 from configurator import UserError
-from schedules import Phase, build, first_below, table
+from schedules import Phase, table
 
 PAPER = dict(steps=132_366, peak=3e-4, min_lr=3e-5, warmup=0.01)    # Ibrahim et al., 300B tokens
 PYTHIA = dict(steps=143_000, peak=3e-4, min_lr=3e-5, warmup=1430)
 IBRAHIM = dict(steps=132_366, peak=3e-4, constant_lr=1.65e-4, min_lr=3e-5)      # infinite, 405M
+
+
+def build(name, **knobs):
+    """The schedule of that name. Knobs that are not given have the defaults of train.py."""
+    return schedules.build(name, **vars(train.Config()) | knobs)
+
 
 INFINITE = ['infinite_cosine', 'infinite_inv_sqrt']
 FINITE = [name for name in schedules.SCHEDULES if name not in (*INFINITE, 'repeated_cosine')]
@@ -183,6 +190,8 @@ def test_lengths_are_steps_or_fractions_of_the_run():
 
 
 def test_without_warmup_a_run_starts_at_its_peak():
+    """This holds because the schedules of this file decay slowly: in the first of 132,366 steps by
+    less than 1e-5. It says nothing of one that falls at once."""
     for name in FINITE:
         lr = build(name, **PAPER | {'warmup': 0})
         assert lr(0) == pytest.approx(3e-4, rel=1e-5)           # less one step of decay
@@ -209,25 +218,25 @@ def test_first_below_is_what_a_search_finds(s, name, fraction):
     top = rates.index(max(rates))
     low = fraction * rates[top] * (1 + 1e-9)
     expected = [step for step in range(top + 1, len(rates)) if rates[step] <= low]
-    assert first_below(lr, fraction) == (expected[0] if expected else None)
+    assert lr.first_below(fraction) == (expected[0] if expected else None)
 
 
 def test_first_below_by_formula():
     T, W = 132_366, 1324                        # solve the cosine for rate = peak / 5
     t = W + np.arccos(2 * (0.2 - 0.1) / 0.9 - 1) / np.pi * (T - W)
     cosine = build('cosine', **PAPER)
-    assert first_below(cosine, 0.2) == int(np.ceil(t)) - 1
-    assert first_below(build('wsd', **PAPER, decay=0.1), 0.999) > T * 0.9
-    assert first_below(build('linear', **PAPER), 0.1) == T - 1      # min_lr, rounding and all
-    assert first_below(cosine, 0.09) is None
-    assert first_below(build('constant', **PAPER), 0.5) is None
+    assert cosine.first_below(0.2) == int(np.ceil(t)) - 1
+    assert build('wsd', **PAPER, decay=0.1).first_below(0.999) > T * 0.9
+    assert build('linear', **PAPER).first_below(0.1) == T - 1      # min_lr, rounding and all
+    assert cosine.first_below(0.09) is None
+    assert build('constant', **PAPER).first_below(0.5) is None
 
 
 def test_the_cosine_of_parmar_reaches_its_switch_points():
     """From the old final rate to a hundredth of it, without warmup."""
     lr = build('cosine', steps=63_578, peak=4.5e-5, min_lr=4.5e-7, warmup=0)
     for part, fraction in ((2, 0.503), (5, 0.711), (10, 0.805), (50, 0.936)):
-        assert first_below(lr, 1 / part) / 63_578 == pytest.approx(fraction, abs=6e-4)
+        assert lr.first_below(1 / part) / 63_578 == pytest.approx(fraction, abs=6e-4)
 
 
 # ------------------------------------------------------------------------------
@@ -257,9 +266,9 @@ def test_the_cosine_of_parmar_reaches_its_switch_points():
     ('cosine', dict(peak=0), 'learning_rate must be above 0'),
     ('cosine', dict(peak=-1), 'learning_rate must be above 0'),
     ('cosine', dict(peak=float('inf')), 'learning_rate must be above 0'),
-    ('repeated_cosine', dict(repeats=0), 'repeats must be 1 to max_steps'),
-    ('repeated_cosine', dict(repeats=-1), 'repeats must be 1 to max_steps'),
-    ('repeated_cosine', dict(repeats=10**9), 'repeats must be 1 to max_steps'),
+    ('repeated_cosine', dict(repeats=0), 'repeats must be 1 to 1,000'),
+    ('repeated_cosine', dict(repeats=-1), 'repeats must be 1 to 1,000'),
+    ('repeated_cosine', dict(repeats=10**9), 'repeats must be 1 to 1,000'),
     ('wsd', dict(decay_shape='sqrt'), 'one of linear, cosine, 1-sqrt, exponential'),
     ('cosin', {}, r"Did you mean 'cosine'\?.*wsd"),
 ])
