@@ -352,7 +352,8 @@ def publish(partial, data_dir, settings, results, counts, tokenizer):
             stream = f'{source}/{split}'
             pieces = [piece for result in results for piece in result['pieces'].get(stream, [])]
             number = join_pieces(folder, split, pieces, tokenizer, settings['eot'])
-            splits[split] = {**counts.get(stream, Counter()), 'shards': number}
+            if stream in counts:
+                splits[split] = {**counts[stream], 'shards': number}
         for file in folder.iterdir():
             if file.suffix != '.bin' or file.name.startswith('piece_'):     # of a killed worker
                 file.unlink()

@@ -147,7 +147,7 @@ def read_documents(name, split, data_dir='data'):
 def write_summary(folder, settings, counts):
     """summary.json beside the shards: how they were made, and counts {split: {what: number}}."""
     splits = {split: {**n, 'bytes_per_token': n['bytes'] / n['tokens']}
-              for split, n in counts.items() if n['tokens']}
+              for split, n in counts.items() if n.get('tokens')}
     summary = json.dumps({**settings, 'splits': splits}, indent=1)
     write_whole(folder / 'summary.json', summary.encode())
 

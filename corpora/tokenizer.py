@@ -207,7 +207,7 @@ def import_optional(module):
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.split('.')[0]
+        package = module.split('.')[0].replace('sklearn', 'scikit-learn')
         raise UserError(f'{package} is not installed. Run: pip install {package}') from None
 
 

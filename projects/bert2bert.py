@@ -26,10 +26,10 @@ from dataclasses import replace
 import torch
 
 import eval
-import train
 from configurator import UserError, require
 from model import GPTNeoX
 from projects.hyperclone import difference
+from support import checkpoints
 
 
 def draw(old, new, generator):
@@ -119,7 +119,7 @@ def main(argv):
         grown = widen(grown, args.hidden_size, args.width, args.seed)
     if args.layers is not None:
         grown = stack(grown, args.layers)
-    train.save_weights(args.out, grown, state)
+    checkpoints.save_weights(args.out, grown, state)
     print(f'{args.out}: {model.num_params():,} parameters became {grown.num_params():,}; logits '
           f'differ by {difference(model, grown):.1e} at most')
 

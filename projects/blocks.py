@@ -28,9 +28,9 @@ from dataclasses import replace
 import torch
 
 import eval
-import train
 from configurator import UserError, require
 from model import GPTNeoX
+from support import checkpoints
 
 INTO_STREAM = ('attention.dense.', 'mlp.dense_4h_to_h.')
 
@@ -68,7 +68,7 @@ def main(argv):
     args = parser.parse_args(argv)
     state, model = eval.load_run(args.run)
     deeper, frozen = expand(model, args.every)
-    train.save_weights(args.out, deeper, state)
+    checkpoints.save_weights(args.out, deeper, state)
     print(f'{args.out}: {model.config.num_hidden_layers} layers became '
           f'{deeper.config.num_hidden_layers}. To train the new ones alone:\n--freeze="{frozen}"')
 

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 import configurator
 import schedules
-import train
 from configurator import UserError, require
+from corpora.tokenizer import import_optional
 
 
 @dataclass
@@ -110,7 +110,7 @@ def warmup_penalty(boxes, tau):
 
 def load_digits():
     """Images (1797, 64) from 0 to 1 and their digits, in an order of their own."""
-    found = train.optional('sklearn.datasets', 'projects.certified', 'scikit-learn').load_digits()
+    found = import_optional('sklearn.datasets').load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
     return torch.tensor(found.data).float()[order] / 16, torch.tensor(found.target)[order]
 
@@ -122,8 +122,8 @@ def run(cfg, images, labels):
     per_epoch = n // cfg.batch_size
     steps, W = cfg.epochs * per_epoch, cfg.warmup * per_epoch
     eps = schedules.build('constant', steps=steps, peak=cfg.eps, warmup=W)
-    lr = schedules.build('wsd', steps=steps, peak=cfg.learning_rate, decay=0.25,
-                         min_lr=cfg.learning_rate / 100)
+    lr = schedules.build('wsd', steps=steps, peak=cfg.learning_rate, warmup=0,
+                         decay=0.25, decay_shape='linear', min_lr=cfg.learning_rate / 100)
     optimizer = torch.optim.Adam(net.parameters())
     for step in range(steps):
         if step % per_epoch == 0:

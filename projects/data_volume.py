@@ -9,7 +9,7 @@ Here the parts are 1/256 to all of `docs`, 46 kB to 9 MB. All models take 500 st
 part is read more often, and 40 steps on `maths` follow.
 
     python -m projects.data_volume                              # writes data/docs_1of256, ...
-    python train.py config/pretrain_docs.py --max_steps=500 --train_data="{'docs_1of64': 1}" \
+    python train.py config/pretrain_docs.py --max_steps=500 --train_data="{'docs/1of64': 1}" \
 --out_dir=out/volume_1of64
 
 8 minutes on 2 cores for results/projects/data_volume/run.sh. Expect 3.59 nats per byte on docs
@@ -29,6 +29,7 @@ import configurator
 import data
 from configurator import UserError, require
 from corpora import embedded, shards
+from corpora.formats import tokenizer_hash
 from corpora.tokenizer import load_tokenizer
 
 
@@ -44,7 +45,7 @@ def documents(folder):
     tokenizer = load_tokenizer('bytes')
     for path in data.find_shards(folder.name, 'train', folder.parent):
         shard = data.open_shard(path)
-        require(shard.tokenizer == data.tokenizer_hash('bytes'), f'{path}: the tokens are not '
+        require(shard.tokenizer == tokenizer_hash('bytes'), f'{path}: the tokens are not '
                 'bytes. Choose a corpus that was prepared without --tokenizer.')
         ends = np.flatnonzero(shard.tokens == tokenizer.eot)
         for start, end in zip([0, *(ends[:-1] + 1)], ends):

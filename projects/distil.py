@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import data
 import eval
 import train
 from configurator import require
-from model import cross_entropy, load_weights
+from model import cross_entropy
+from support.huggingface import load_weights
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Knobs(train.Config):
 
 
 class Distil(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         """The teacher is in the checkpoint: a resumed run does not need its file."""
@@ -57,11 +59,11 @@ class Distil(train.Method):
     def check(self, state, theirs, ours):
         """UserError unless the teacher reads the same tokens and has hidden vectors of our size."""
         name = next(iter(self.cfg.train_data))
-        source = train.open_source(self.cfg, name, 'train')
-        tokenizers = {state.get('tokenizer'), train.tokenizer_hash({name: source})} - {None}
-        require(theirs.vocab_size == ours.vocab_size and len(tokenizers) <= 1, f'teacher '
-                f'{self.cfg.teacher} has another vocabulary, of {theirs.vocab_size} rows and '
-                f'{ours.vocab_size} here. Take a teacher that was trained with our tokenizer.')
+        source = data.open_source(self.cfg, name, 'train')
+        data.one_tokenizer({name: source}, state.get('history', {}).get('tokenizer'))
+        require(theirs.vocab_size == ours.vocab_size, f'teacher {self.cfg.teacher} has another '
+                f'vocabulary, of {theirs.vocab_size} rows and {ours.vocab_size} here. Take a '
+                'teacher that was trained with our tokenizer.')
         theirs, ours = asdict(theirs), asdict(ours)
         differ = [knob for knob in ours if knob != 'max_position_embeddings'
                   and theirs[knob] != ours[knob]]
@@ -74,7 +76,7 @@ class Distil(train.Method):
             self.hidden[who] = output
         model.gpt_neox.final_layer_norm.register_forward_hook(keep)
 
-    def objective(self, model, x, y):
+    def objective(self, model, x, y, sources):
         logits, _ = model(x)
         with torch.no_grad():
             self.teacher(x)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+import data
 import train
 from configurator import require
 
@@ -37,7 +38,7 @@ class Knobs(train.Config):
 
 
 class EWC(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         if saved:
@@ -54,7 +55,7 @@ class EWC(train.Method):
         squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
         count = 0
         for source_name in self.cfg.replay_data:
-            source = train.open_source(self.cfg, source_name, 'train', key=self.cfg.seed)
+            source = data.open_source(self.cfg, source_name, 'train', key=self.cfg.seed)
             for g in range(self.cfg.fisher_windows // len(self.cfg.replay_data)):
                 tokens = torch.from_numpy(source.read([g])).to(model.cos.device)    # (1, T + 1)
                 _, loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -64,10 +65,10 @@ class EWC(train.Method):
                 count += 1
         return {name: square / count for name, square in squares.items()}
 
-    def objective(self, model, x, y):
-        loss, _ = super().objective(model, x, y)
+    def objective(self, model, x, y, sources):
+        loss, _ = super().objective(model, x, y, sources)
         penalty = torch.zeros((), device=x.device)
-        for name, p in getattr(model, 'module', model).named_parameters():
+        for name, p in model.named_parameters():
             distance = (p - self.anchor[name])**2
             penalty = penalty + self.cfg.l2 / 2 * distance.sum()
             if self.cfg.ewc:

@@ -96,12 +96,12 @@ def is_answer(y):
 
 
 class FineTune(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         require(len(self.cfg.train_data) == 1, 'finetune_checkpoints: train_data must name one '
                 "task, such as {'names': 1}.")
-        self.model, (task,) = model, self.cfg.train_data
+        self.net, (task,) = model, self.cfg.train_data
         shards = data.find_shards(task, 'val', self.cfg.data_dir, self.cfg.paths)
         shard = data.open_shard(shards[0])
         require(shard.eot == EOT, f'{shard.path}: expected bytes with end-of-text after each '
@@ -109,7 +109,7 @@ class FineTune(train.Method):
         ends = np.flatnonzero(shard.tokens == EOT)[:self.cfg.test_documents]
         self.test = np.split(shard.tokens[:ends[-1] + 1].astype(np.int64), ends[:-1] + 1)
 
-    def objective(self, model, x, y):
+    def objective(self, model, x, y, sources):
         logits, _ = model(x)                                                    # (B, T, V)
         wanted = is_answer(y)
         losses = cross_entropy(logits, y, 'none') * wanted                      # (B, T)
@@ -124,14 +124,14 @@ class FineTune(train.Method):
     def score(self, documents):
         """Nats of each byte of the answers, which bytes are the likeliest, which answers greedy
         decoding gets right."""
-        length = min(self.model.config.max_position_embeddings, max(map(len, documents)))
+        length = min(self.net.config.max_position_embeddings, max(map(len, documents)))
         rows = np.full((len(documents), length + 1), NEWLINE)               # padding on the right
         for row, document in zip(rows, documents):
             tail = document[-length:]
             row[:len(tail) + 1] = [EOT, *tail]
-        rows = torch.from_numpy(rows).to(self.model.cos.device)
+        rows = torch.from_numpy(rows).to(self.net.cos.device)
         x, y = rows[:, :-1], rows[:, 1:]
-        logits, _ = self.model(x)
+        logits, _ = self.net(x)
         wanted = is_answer(y) & (y != EOT)      # untouched checkpoints cannot know where to end
         losses, right = cross_entropy(logits, y, 'none'), logits.argmax(-1) == y
         return losses[wanted], right[wanted], (right | ~wanted).all(1)

@@ -34,6 +34,7 @@ import torch.distributed as dist
 import data
 import train
 from configurator import require
+from support import parallel, processes
 
 
 @dataclass
@@ -45,15 +46,15 @@ class Knobs(train.Config):
 
 
 class GEM(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         cfg = self.cfg
         require(cfg.replay_data, 'gem: replay_data must name the old data. A replay of 0 is fine.')
-        require(not train.is_sharded(cfg), 'gem: gradients must be whole. Use --parallel=ddp.')
-        n, processes = cfg.memory_batch, train.world_size()
-        require(n >= 1 and n % processes == 0, f'memory_batch = {n} does not divide among '
-                f'{processes} processes.')
+        require(not parallel.is_sharded(cfg), 'gem: gradients must be whole. Use --parallel=ddp.')
+        n, world = cfg.memory_batch, processes.world_size()
+        require(n >= 1 and n % world == 0, f'memory_batch = {n} does not divide among '
+                f'{world} processes.')
         self.counts = saved or {'steps': 0, 'projected': 0}
 
         # what the memory contains: a mixture of all old sources, or each by itself
@@ -62,7 +63,7 @@ class GEM(train.Method):
             together = [{name: 1.0} for name in cfg.replay_data]
         self.memories = []
         for weights in together:
-            sources = {name: train.open_source(cfg, name, 'train', key=cfg.seed)
+            sources = {name: data.open_source(cfg, name, 'train', key=cfg.seed)
                        for name in weights}
             self.memories.append(data.Mixture(sources, [(0, data.mix_weights(weights))]))
 
@@ -72,23 +73,22 @@ class GEM(train.Method):
         samples = np.arange(step * n, (step + 1) * n)
         if self.cfg.memory:
             samples %= self.cfg.memory
-        samples = samples[train.rank()::train.world_size()]
-        dtype = train.pick_dtype(self.cfg.dtype, device.type)
+        samples = samples[processes.rank()::processes.world_size()]
         total = torch.zeros(sum(p.numel() for p in parameters), device=device)
         for start in range(0, len(samples), self.cfg.micro_batch_size):
             part = samples[start:start + self.cfg.micro_batch_size]
-            x, y = train.get_batch(memory, part, device.type)                   # (B, T) each
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                _, loss = model(x, y)
+            x, y, _ = memory.batch(part)                                        # (B, T) each
+            with self.autocast:
+                _, loss = model(*processes.to_device((x, y), device.type))
             gradients = torch.autograd.grad(loss, parameters)
             total += flat(gradients) * (len(part) / len(samples))
 
         # p.grad is a mean over the processes, and so is this
         if dist.is_initialized():
             dist.all_reduce(total)
-        return total / train.world_size()
+        return total / processes.world_size()
 
-    def change_gradients(self, model, step):
+    def change_gradients(self, model, step, batches):
         parameters = [p for p in model.parameters() if p.grad is not None]
         g = flat(p.grad for p in parameters)                                    # (n)
         references = torch.stack([self.reference(model, parameters, memory, step)

@@ -24,9 +24,9 @@ from dataclasses import replace
 import torch
 
 import eval
-import train
 from configurator import UserError
 from model import GPTNeoX
+from support import checkpoints
 
 
 def clone(model, noise=None, seed=1337):
@@ -82,7 +82,7 @@ def main(argv):
     args = parser.parse_args(argv)
     state, model = eval.load_run(args.run)
     wide = clone(model, args.noise, args.seed)
-    train.save_weights(args.out, wide, state)
+    checkpoints.save_weights(args.out, wide, state)
     print(f'{args.out}: {model.num_params():,} parameters became {wide.num_params():,}; logits '
           f'differ by {difference(model, wide):.1e} at most')
 

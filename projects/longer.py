@@ -47,7 +47,7 @@ class Knobs(train.Config):
 
 
 class Longer(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         cfg, config = self.cfg, model.config
@@ -71,9 +71,9 @@ class Longer(train.Method):
         tables = rotary_tables(config, divisor)
         model.cos, model.sin = (table.to(model.cos.device) for table in tables)
 
-        self.model, self.val_sets = model, {}
+        self.net, self.val_sets = model, {}
         for name in cfg.val_data:
-            source = train.open_source(cfg, name, 'val')
+            source = data.open_source(cfg, name, 'val')
             self.val_sets[name] = source, data.val_windows(source, cfg.eval_windows)
 
     @torch.no_grad()
@@ -84,8 +84,8 @@ class Longer(train.Method):
             total = np.zeros(self.cfg.block_size)
             for start in range(0, len(windows), self.cfg.micro_batch_size):
                 tokens = source.read(windows[start:start + self.cfg.micro_batch_size])
-                tokens = torch.from_numpy(tokens).to(self.model.cos.device)     # (B, T + 1)
-                _, loss = self.model(tokens[:, :-1], tokens[:, 1:], reduction='none')   # (B, T)
+                tokens = torch.from_numpy(tokens).to(self.net.cos.device)     # (B, T + 1)
+                _, loss = self.net(tokens[:, :-1], tokens[:, 1:], reduction='none')   # (B, T)
                 total += loss.double().sum(0).cpu().numpy()
             parts = (total / len(windows)).reshape(self.cfg.buckets, -1).mean(1)
             found[name] = parts.round(5).tolist()

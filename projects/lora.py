@@ -7,7 +7,7 @@ A (r, in) is random, B (out, r) is zero at the start, and these two are trained.
 rank r at most, the model can neither learn nor forget as much as with all of its weights.
 Checkpoints contain the sum under the names of GPTNeoX: eval.py and later stages need no adapters.
 
-    python -m projects.lora config/rewarm_docs_code.py --rank=16 --learning_rate=1e-2 \
+    python -m projects.lora config/rewarm_docs_code.py --lora_rank=16 --learning_rate=1e-2 \
         --min_lr=1e-3 --replay=0 --out_dir=out/lora
 
 Without replay, after 200 steps (1 to 2 minutes on 2 cores; results/projects/lora, one seed):
@@ -34,12 +34,13 @@ from torch.nn.utils import parametrize
 
 import train
 from configurator import require
+from support import parallel, processes
 
 
 @dataclass
 class Knobs(train.Config):
     # --- LoRA --------------------------------------------------------------------------------
-    rank: int = 16                      # r, of the change of every matrix
+    lora_rank: int = 16                 # r, of the change of every matrix
     lora_scale: float = 2.0             # factor of B A: alpha / r. Biderman et al. advise 2
     lora_modules: list[str] = field(default_factory=lambda: ['gpt_neox.layers.*'])
                                         # linear layers that get adapters, by name
@@ -64,48 +65,40 @@ class Adapter(torch.nn.Module):
 
 
 class LoRA(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
         cfg = self.cfg
-        require(not cfg.branch_from, 'lora: a checkpoint has moments of its own adapters, which '
-                'are part of the weights by now. Use init_from.')
-        require(not train.is_sharded(cfg), "lora: adapters are not sharded. Use --parallel=ddp.")
+        require(not parallel.is_sharded(cfg), "lora: adapters are not sharded. Use --parallel=ddp.")
         linears = {name: module for name, module in model.named_modules()
                    if isinstance(module, torch.nn.Linear)
                    and any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.lora_modules)}
         require(linears, f'lora_modules = {cfg.lora_modules} matches no linear layer. They have '
                 'names such as gpt_neox.layers.0.mlp.dense_h_to_4h.')
         most = min(min(module.weight.shape) for module in linears.values())
-        require(1 <= cfg.rank <= most, f'rank = {cfg.rank}: expected 1 to {most}, the rank that '
+        require(1 <= cfg.lora_rank <= most, f'lora_rank = {cfg.lora_rank}: expected 1 to {most}, the rank that '
                 'these matrices have.')
 
         # freeze all there is, then add what is trained
-        self.model, self.names = model, list(model.state_dict())
+        self.names = list(model.state_dict())
         model.requires_grad_(False)
         for module in linears.values():
-            adapter = Adapter(module.weight, cfg.rank, cfg.lora_scale)
+            adapter = Adapter(module.weight, cfg.lora_rank, cfg.lora_scale)
             parametrize.register_parametrization(module, 'weight', adapter)
-        if saved:
-            model.load_state_dict(saved, strict=False)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        train.say(f'lora: {trained:,} of {model.num_params():,} parameters are trained')
+        processes.say(f'lora: {trained:,} of {model.num_params():,} parameters are trained')
 
     def parameter_groups(self, model):
         # decay would pull the sum back to the old weights
         return [{**group, 'weight_decay': 0.0} for group in super().parameter_groups(model)]
 
     def weights(self, model):
+        """The sums W + B A. The checkpoint keeps W, A and B as well, for a run that is resumed."""
         merged = {}
         for name in self.names:
             module, _, attribute = name.rpartition('.')
             merged[name] = getattr(model.get_submodule(module), attribute).detach()
         return merged
-
-    def state_dict(self):
-        """The adapters, and the old weights beside which they stand."""
-        return {name: tensor for name, tensor in self.model.state_dict().items()
-                if '.parametrizations.' in name}
 
 
 if __name__ == '__main__':

@@ -30,6 +30,7 @@ from the old model to the new one, the mean of both losses falls from 1.626 and 
 """
 import argparse
 import json
+import secrets
 import shutil
 import sys
 from dataclasses import asdict
@@ -37,13 +38,12 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval
-import train
 from configurator import UserError, require
 from corpora.tokenizer import tokenizer_files
-from model import use_kernels
 from schedules import DECAYS
+from support import checkpoints, fast_path, processes, record
+from support.files import write_whole
 
 
 def average_weights(kind, n, alpha=0.2):
@@ -68,7 +68,6 @@ def combine(parts):
     total, first = {}, None
     for factor, path in parts:
         state, model = eval.load_run(path)
-        state.pop('optimizer', None)
         shape = asdict(model.config) | {'max_position_embeddings': 0}   # windows may differ
         first = first or shape
         for name, value in shape.items():
@@ -87,46 +86,50 @@ def merge(parts, out):
     state, model = combine(parts)
     partial = out.with_name(f'{out.name}.rewarm-partial')
     shutil.rmtree(partial, ignore_errors=True)
-    train.save_weights(partial / f'ckpt_{state.get("step", 0):08d}.pt', model, state)
+    step, run_id = state.get('progress', {}).get('step', 0), secrets.token_hex(6)
+    if state:
+        state['stage'] = state['stage'] | {'id': run_id}
+    checkpoints.save_weights(partial / f'ckpt_{step:08d}.pt', model, state)
     parent = last if last.is_dir() else last.parent
     for name, path in tokenizer_files(parent).items():
-        data.write_whole(partial / name, path.read_bytes())
-    about = eval.read_config(parent)
+        write_whole(partial / name, path.read_bytes())
+    about = record.read_config(parent)
     if about and about['config']['val_data']:           # else there is no record of losses
         factors, models = zip(*parts)
         about['config'] |= {'out_dir': str(out), 'label': '', 'factors': factors,
                             'merged': [str(path) for path in models]}
-        about['derived']['last_step'] = state['step']
-        whole = json.dumps(about | train.provenance(), indent=1)
-        data.write_whole(partial / 'config.json', whole.encode())
-        write_record(partial, parent, about['derived'])
+        about['derived']['last_step'] = step
+        whole = json.dumps(about | record.provenance() | {'run': run_id}, indent=1)
+        write_whole(partial / 'config.json', whole.encode())
+        write_record(partial, parent, about['derived'], run_id)
     partial.rename(out)
 
 
-def write_record(folder, parent, derived):
+def write_record(folder, parent, derived, run_id):
     """metrics.jsonl: that of the parent up to the step of the weights, and then their losses."""
     # evaluated as by train.py, to the last bit
-    device, dtype = train.pick_device('auto'), getattr(torch, derived['dtype'])
-    options = argparse.Namespace(sets=None, windows=None, data_dir=None, device=device)
+    device = processes.pick_device('auto')
+    dtype = getattr(torch, derived['dtype'].removeprefix('torch.'))
+    options = argparse.Namespace(sets=None, windows=None, data_dir=None, device=device, method='')
     state, model, val_sets = eval.open_run(folder, options)
-    use_kernels(model, 'auto', device, dtype)
+    fast_path.choose(model, 'auto', device, dtype)
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    val = eval.evaluate(model, val_sets, derived['micro_batch'], autocast)
-    print(eval.in_one_line(val))
+    val = eval.evaluate(model, val_sets, derived['micro_batch_size'], autocast)
+    print(record.in_one_line(val))
 
-    step = state['step']
-    rows = [row for row in eval.read_rows(parent / 'metrics.jsonl') if row['step'] < step]
+    step = state['progress']['step']
+    rows = [row for row in record.read_rows(parent / 'metrics.jsonl') if row['step'] < step]
     tokens = step * derived['tokens_per_step']
     rows.append({'event': 'eval', 'step': step, 'tokens': tokens, 'val': val})
-    lines = ''.join(json.dumps(row) + '\n' for row in rows)
-    data.write_whole(folder / 'metrics.jsonl', lines.encode())
+    lines = ''.join(json.dumps(row | {'run': run_id}) + '\n' for row in rows)
+    write_whole(folder / 'metrics.jsonl', lines.encode())
 
 
 def find_checkpoints(models, steps):
     """The models to average: those given, or the checkpoints of one run at these steps."""
     if steps:
         require(len(models) == 1, f'--steps are those of one run, but there are {len(models)}.')
-        found = eval.checkpoints(models[0])
+        found = checkpoints.find(models[0])
         missing = sorted(set(steps) - set(found))
         require(not missing, f'{models[0]} has no checkpoints of steps {missing}, but of '
                 f'{list(found)}. Train it with --milestones="{steps}".')
@@ -154,9 +157,12 @@ def main(argv):
     args = parser.parse_args(argv)
 
     if args.command == 'average':
+        require(0 < args.alpha <= 1, f'--alpha {args.alpha}: expected above 0, up to 1.')
         models = find_checkpoints(args.models, args.steps)
         factors = average_weights(args.weights, len(models), args.alpha)
     elif args.command == 'interpolate':
+        require(-1 <= args.amount <= 2, f'--amount {args.amount}: expected 0 to 1, or up to one '
+                'difference beyond either model.')
         models, factors = args.models, [1 - args.amount, args.amount]
     else:
         models, factors = args.models, [-1, 1, 1]

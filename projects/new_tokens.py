@@ -39,11 +39,13 @@ import torch
 
 import data
 import eval
-import train
 from configurator import UserError, require
+from corpora.formats import tokenizer_hash
 from corpora.shards import ShardWriter
-from corpora.tokenizer import BYTE_OF, END, byte_level_json, load_tokenizer
+from corpora.tokenizer import byte_level_json, BYTE_OF, END, load_tokenizer
 from model import GPTNeoX
+from support import checkpoints
+from support.files import write_whole
 
 EOT, LETTER_OF = 256, {byte: letter for letter, byte in BYTE_OF.items()}
 # GPT-2's pieces of text, across which no token reaches, in the regex of Python
@@ -94,7 +96,7 @@ def tokenizer_json(merges):
 def documents(path):
     """The bytes of every document of a shard of bytes."""
     shard = data.open_shard(path)
-    require(shard.tokenizer == data.tokenizer_hash('bytes') and shard.eot == EOT, f'{path}: not '
+    require(shard.tokenizer == tokenizer_hash('bytes') and shard.eot == EOT, f'{path}: not '
             'made of bytes. New tokens can be added to a byte-level corpus only.')
     ends = np.flatnonzero(shard.tokens == EOT)
     parts = [part[part != EOT].astype('u1').tobytes() for part in np.split(shard.tokens, ends)]
@@ -120,7 +122,7 @@ def with_rows(model, merges, rows):
 def retokenize(files, folder, split, content):
     """Write a corpus in the new tokens -> its tokenizer. content: of the tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_whole(folder / 'tokenizer.json', content)
+    write_whole(folder / 'tokenizer.json', content)
     tokenizer = load_tokenizer(str(folder))
     writer = ShardWriter(folder / f'{split}_00000', tokenizer)
     for file in files:
@@ -142,7 +144,7 @@ def main(argv):
     args = parser.parse_args(argv)
 
     state, model = eval.load_run(args.run)
-    require(state.get('tokenizer') == data.tokenizer_hash('bytes'), f'{args.run}: its tokenizer is '
+    require(state['history']['tokenizer'] == tokenizer_hash('bytes'), f'{args.run}: its tokenizer is '
             'not that of bytes, so it knows longer tokens already. Start from a byte-level model.')
     require(args.tokens >= 1, f'--tokens {args.tokens}: expected at least 1.')
     out = Path(args.out)
@@ -163,11 +165,11 @@ def main(argv):
     content = json.dumps(tokenizer_json(merges)).encode()
     for (name, split), files in shards.items():
         tokenizer = retokenize(files, out / name, split, content)
-    state['tokenizer'] = data.tokenizer_hash(tokenizer.name)
-    data.write_whole(out / 'tokenizer.json', content)
+    state['history']['tokenizer'] = tokenizer_hash(tokenizer.name)
+    write_whole(out / 'tokenizer.json', content)
     torch.manual_seed(1337)                             # for the random rows
     for rows in ('mean', 'random'):
-        train.save_weights(out / f'{rows}.pt', with_rows(model, merges, rows), state)
+        checkpoints.save_weights(out / f'{rows}.pt', with_rows(model, merges, rows), state)
 
 
 if __name__ == '__main__':

@@ -33,14 +33,13 @@ numbers that can be computed from the context, as in the paper.
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import train
 from configurator import require
-from corpora.shards import write_corpus
+from corpora import embedded
 from model import cross_entropy
 from projects import finetune_checkpoints
 from projects.finetune_checkpoints import EOT, NEWLINE, FineTune, is_answer
@@ -63,6 +62,13 @@ def sums():
     random.Random(0).shuffle(found)
     return found
 
+
+def sums_of(file, source):
+    return sums()
+
+
+# made when it is first needed, as all of embedded.py; the two files are not looked at
+embedded.EMBEDDED['sums'] = sums_of, ('pydoc_data',)
 
 TENS = 'zero ten twenty thirty forty fifty sixty seventy eighty ninety'.split()
 SMALL = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
@@ -104,19 +110,15 @@ class Numeracy(FineTune):
         super().__init__(cfg)
         require(cfg.contrast == cfg.inferable == 0 or 'sums' not in cfg.train_data, 'numeracy: '
                 'sums are for fine-tuning. Add --contrast=0 --inferable=0.')
-        is_missing = 'sums' in cfg.train_data and not Path(cfg.data_dir, 'sums').exists()
-        if is_missing and train.rank() == 0:
-            write_corpus(sums(), 'sums', cfg.data_dir)
-        train.from_rank_0(None)                         # the others wait for the files
 
-    def objective(self, model, x, y):
+    def objective(self, model, x, y, sources):
         if not (self.cfg.contrast or self.cfg.inferable):
-            return super().objective(model, x, y)
+            return super().objective(model, x, y, sources)
         logits, _ = model(x)                                                    # (B, T, V)
         wanted = inferable_numbers(y)
         losses = cross_entropy(logits, y, 'none') * wanted                      # (B, T)
         inferable = losses.sum() / wanted.sum().clamp(min=1)
-        contrast = self.contrast(getattr(model, 'module', model), x)
+        contrast = self.contrast(model, x)
         loss = self.cfg.contrast * contrast + self.cfg.inferable * inferable
         return loss, {'contrast': contrast, 'inferable': inferable}
 

@@ -38,6 +38,7 @@ from configurator import require
 from corpora import embedded
 from model import cross_entropy
 from projects.finetune_checkpoints import is_answer, names_of
+from support import processes
 
 OLD = [f'docs_{package}' for package in ('python', 'numpy', 'torch')]       # the parts of docs
 STREAM = [f'names_{package}' for package in ('sympy', 'networkx', 'matplotlib')]
@@ -73,10 +74,10 @@ def linear_cka(a, b):
 
 
 class Probe(train.Method):
-    Config = Knobs
+    Config, Parent = Knobs, train.Method
 
     def start(self, model, saved):
-        self.model, self.first = model, saved or {}     # {probe: features at the start}
+        self.net, self.first = model, saved or {}     # {probe: features at the start}
         self.windows = {}
         for probe, names in self.cfg.probes.items():
             require(len(names) > 1, f'probes[{probe!r}] = {names}: expected two sources or more.')
@@ -86,32 +87,32 @@ class Probe(train.Method):
         """Windows of a split of sources: (ids (N, T), the number of the source of each)."""
         ids, labels = [], []
         for label, name in enumerate(names):
-            if train.rank() == 0 and name in embedded.EMBEDDED:
+            if processes.rank() == 0 and name in embedded.EMBEDDED:
                 embedded.build(name, self.cfg.data_dir)
-            train.from_rank_0(None)                     # the others wait for the files
+            processes.from_first()                     # the others wait for the files
             shards = data.find_shards(name, split, self.cfg.data_dir, self.cfg.paths)
-            length = min(self.cfg.probe_tokens, self.model.config.max_position_embeddings)
+            length = min(self.cfg.probe_tokens, self.net.config.max_position_embeddings)
             source = data.Source(name, shards, length)
             windows = data.val_windows(source, self.cfg.probe_windows)
             ids.append(torch.from_numpy(source.read(windows))[:, 1:])           # (windows, T)
             labels += [label] * len(windows)
-        device = self.model.cos.device
+        device = self.net.cos.device
         return torch.cat(ids).to(device), torch.tensor(labels, device=device)
 
     @torch.no_grad()
     def features(self, ids):
         """(N, C) of windows (N, T)."""
         found = []
-        norm = self.model.gpt_neox.final_layer_norm
+        norm = self.net.gpt_neox.final_layer_norm
         hook = norm.register_forward_hook(lambda *call: found.append(call[-1].double().mean(1)))
         for part in ids.split(64):
-            self.model(part)
+            self.net(part)
         hook.remove()
         return torch.cat(found)
 
-    def objective(self, model, x, y):
+    def objective(self, model, x, y, sources):
         if not self.cfg.supervised:
-            return super().objective(model, x, y)
+            return super().objective(model, x, y, sources)
         logits, _ = model(x)                                                    # (B, T, V)
         wanted = is_answer(y)
         losses = cross_entropy(logits, y, 'none') * wanted                      # (B, T)

@@ -31,6 +31,8 @@ import torch
 import data
 import eval
 from configurator import UserError, require
+from corpora.formats import write_shard
+from support.sampling import generate
 
 
 def sample_streams(model, eot, streams, length, temperature=1.0, generator=None):
@@ -42,7 +44,7 @@ def sample_streams(model, eot, streams, length, temperature=1.0, generator=None)
         context = ids[:, -max(T // 2, 1):]
         # a block is full at T tokens, and one more is sampled from all of them
         new = min(T + 1 - context.shape[1], length - ids.shape[1])
-        block = model.generate(context, new, temperature, generator=generator)
+        block = generate(model, context, new, temperature, generator=generator)
         ids = torch.cat((ids, block[:, context.shape[1]:]), dim=1)
     return ids
 
@@ -86,7 +88,7 @@ def main(argv):
     streams = sample_streams(model, tokenizer.eot, args.batch, length, args.temperature, generator)
     ids = streams.flatten()[:args.tokens].cpu().numpy()
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_shard(folder / 'train_00000.bin', ids, vocab_size=tokenizer.vocab_size,
+    write_shard(folder / 'train_00000.bin', ids, vocab_size=tokenizer.vocab_size,
                      tokenizer=tokenizer.name, eot=tokenizer.eot)
     print(f'{folder}: {len(ids):,} tokens, on which the loss of {args.run} is '
           f'{loss_on(model, folder):.3f} nats per token. They begin:')

@@ -8,9 +8,10 @@ one row.
 import argparse
 import sys
 
-import data
 import eval
 from configurator import UserError
+from support import pictures
+from support.files import write_whole
 
 
 def main(argv):
@@ -19,7 +20,7 @@ def main(argv):
     parser.add_argument('--out', required=True)
     args = parser.parse_args(argv)
     groups = eval.by_seed(args.runs)
-    sets = eval.all_sets([run for runs in groups.values() for run in runs])
+    sets = pictures.all_sets([run for runs in groups.values() for run in runs])
     rows = [['bits per byte', *(f'{name}, {when}' for name in sets for when in ('start', 'end'))]]
     for name, runs in groups.items():
         cells = [eval.spread([run.evals[when]['val'][dataset]['bpb'] for run in runs])
@@ -27,7 +28,7 @@ def main(argv):
         rows.append([name, *cells])
     text = '\n'.join(eval.markdown(rows))
     print(text)
-    data.write_whole(args.out, f'{text}\n'.encode())
+    write_whole(args.out, f'{text}\n'.encode())
 
 
 if __name__ == '__main__':

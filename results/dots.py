@@ -14,6 +14,7 @@ import numpy as np
 
 import eval
 from configurator import UserError, require
+from support import pictures
 from results.claims import interval, values_of
 
 
@@ -45,20 +46,20 @@ def dots(groups, dataset, panels, labels, zero, out):
     for ax, (title, *_), rows in zip(axes[0], panels, found):
         ax.axvline(0, color='0.4', ls=':', lw=1)
         for y, by in enumerate(rows):
-            color = eval.STYLES[0 if by.any() else 6][0]        # black: the zero itself
+            color = pictures.STYLES[0 if by.any() else 6][0]        # black: the zero itself
             if len(by) > 1:
                 ax.plot(interval(by), (y, y), color=color, lw=1.5)
                 ax.plot(by, np.full(len(by), y), 'o', mfc='white', mec='0.5', ms=4)
             ax.plot(by.mean(), y, 'o', color=color, ms=7)
         ax.set_title(title, fontsize=10)
-        eval.plain_axes(ax, grid='x')
+        pictures.plain_axes(ax, grid='x')
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()                                   # the first row on top
     name = 'the mean over all sets' if dataset == 'average' else dataset
     fig.supxlabel(f'loss on {name}, minus that of the black dot (nats per token): left is better\n'
                   'blue: mean and 95% interval of the differences; small circles: the seeds',
                   fontsize=9, color='0.3')
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def main(argv):

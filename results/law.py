@@ -28,12 +28,13 @@ from pathlib import Path
 import numpy as np
 
 import configurator
-import data
 import eval
 import schedules
 import train
 from configurator import UserError, require
 from corpora.tokenizer import import_optional
+from support import checks, record
+from support.files import write_whole
 from results import law_pictures
 
 
@@ -335,7 +336,7 @@ def beyond(words, value, low, high):
 def read_config(law, words, start):
     """A config that has not been run, as a Stage that starts from these losses {set: L(0)}."""
     cfg, origin = configurator.load(train.Config, words)
-    train.check(cfg, origin)
+    checks.check_knobs(cfg, origin)
     stage = Stage(' '.join(words), vars(cfg))
     check_alike(stage, law['alike'], ALIKE[:4])
     stage.start = start or start_of(cfg.init_from, list(law['sets']))
@@ -347,7 +348,7 @@ def start_of(init_from, names):
     folder = init_from
     if folder.endswith('.py'):
         folder = configurator.load(train.Config, [folder])[0].out_dir
-    is_run = eval.read_config(folder) is not None
+    is_run = record.read_config(folder) is not None
     run = eval.Run(folder) if is_run else None
     require(run and set(names) <= set(run.sets), f'the losses of the old model {init_from!r} are '
             f'not known. Measure them and add --start {" ".join(f"{n}=1.5" for n in names)}')
@@ -382,7 +383,7 @@ def advise(law, stage, weights):
 
 def fit_command(args, words):
     law = fit(read_runs(words), args.form)
-    data.write_whole(args.out, (json.dumps(law, indent=1) + '\n').encode())
+    write_whole(args.out, (json.dumps(law, indent=1) + '\n').encode())
     for name, fitted in law['sets'].items():
         shown = ', '.join(f'{key} {value:.4g}' for key, value in fitted['parameters'].items())
         print(f'{name} ({fitted["role"]} data): momentum {fitted["momentum"]}, {shown}')
@@ -439,7 +440,7 @@ def save(path, stage, predictions):
         curve = [round(float(found['curve'][step]), 5) for step in steps]
         entry['sets'][name] = found | {'curve': curve}
     saved[Path(stage.config['out_dir']).name] = entry
-    data.write_whole(path, (json.dumps(saved, indent=1) + '\n').encode())
+    write_whole(path, (json.dumps(saved, indent=1) + '\n').encode())
 
 
 def read_law(path):

@@ -13,9 +13,9 @@ import sys
 
 import numpy as np
 
-import data
 import eval
 from configurator import UserError, require
+from support.files import write_whole
 from results import law_pictures
 from results.law import STARTS, check_alike, logs, outside, predict, read_law, read_runs, search
 
@@ -131,9 +131,9 @@ def main(argv):
     print('\n'.join([text, *(f'{names[stage.name]}: {note}' for stage in stages
                              for note in outside(law, stage).values())]))
     if args.out:
-        data.write_whole(args.out, (text + '\n').encode())
+        write_whole(args.out, (text + '\n').encode())
         name = args.out.removesuffix('.md') + '.json'
-        data.write_whole(name, (json.dumps(rows, indent=1) + '\n').encode())
+        write_whole(name, (json.dumps(rows, indent=1) + '\n').encode())
     if args.picture:
         law_pictures.curves([(names[stage.name], stage, predict(law, stage)) for stage in stages],
                             args.picture)

@@ -3,7 +3,7 @@ import textwrap
 
 import numpy as np
 
-import eval
+from support import pictures
 
 
 def curves(panels, out):
@@ -19,7 +19,7 @@ def curves(panels, out):
     fig, axes = plt.subplots(down, across, figsize=(1.4 + 2.2 * max(across, 2), 0.9 + 2.3 * down),
                              sharey=True, squeeze=False, layout='constrained')
     for ax, (title, stage, predictions) in zip(axes.flat, panels):
-        for (color, _), (name, found) in zip(eval.STYLES, predictions.items()):
+        for (color, _), (name, found) in zip(pictures.STYLES, predictions.items()):
             steps = np.arange(stage.steps + 1)
             ax.plot(steps, found['curve'], color=color, ls='--', lw=1.5, label=f'{name}, predicted')
             ax.plot([stage.steps] * 2, [found['low'], found['high']], color=color, lw=5, alpha=0.3,
@@ -29,7 +29,7 @@ def curves(panels, out):
                         label=f'{name}, measured')
         ax.set_title(textwrap.fill(title, 26 if across > 1 else 60), fontsize=9, parse_math=False)
         ax.set_xlim(0, None)
-        eval.plain_axes(ax)
+        pictures.plain_axes(ax)
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
@@ -37,7 +37,7 @@ def curves(panels, out):
     fig.supxlabel('training steps        broad bar: 95% interval of the final loss', fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc='outside upper center', ncols=len(labels), frameon=False)
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def plane(law, tried, best, out):
@@ -75,5 +75,5 @@ def plane(law, tried, best, out):
     ax.set(xlabel=f'predicted final loss on old data: {old} (nats per token)',
            ylabel=f'predicted final loss on new data: {new} (nats per token)',
            title='Lower left is better: little forgotten, much learned')
-    eval.plain_axes(ax)
-    eval.save_figure(fig, out)
+    pictures.plain_axes(ax)
+    pictures.save_figure(fig, out)

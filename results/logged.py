@@ -11,17 +11,18 @@ import json
 import sys
 from pathlib import Path
 
-import data
 import eval
 from configurator import UserError, require
+from support import pictures, record
+from support.files import write_whole
 
 
 def table(groups):
     """The Markdown of {name: [Run of a seed, ...]}."""
     runs = [run for seeds in groups.values() for run in seeds]
-    sets = eval.all_sets(runs)
+    sets = pictures.all_sets(runs)
     own = {name: None for run in runs for name in run.evals[-1]
-           if name not in eval.LOGGED_BY_ALL}           # a dict keeps their order
+           if name not in record.RESERVED}           # a dict keeps their order
     rows = [['run', 'seeds', *(f'loss on {name}' for name in sets), *own]]
     for row_name, seeds in groups.items():
         columns = [[(run.losses(name)[0], run.final(name)) for run in seeds if name in run.sets]
@@ -42,7 +43,7 @@ def details(groups):
     runs = [run for seeds in groups.values() for run in seeds]
     for row, run in zip(rows, runs):
         row['logged'] = {name: [entry.get(name) for entry in run.evals]
-                         for name in run.evals[-1] if name not in eval.LOGGED_BY_ALL}
+                         for name in run.evals[-1] if name not in record.RESERVED}
     return rows
 
 
@@ -54,9 +55,9 @@ def draw(groups, names, labels, out):
     width = max(3.1 * len(names), 7.5)                      # inches; the legend needs room
     fig, axes = plt.subplots(1, len(names), figsize=(width, 3.3), squeeze=False,
                              layout='constrained')
-    texts = eval.legend(groups, labels)
+    texts = pictures.legend(groups, labels)
     for ax, name in zip(axes[0], names):
-        for (row_name, seeds), (color, style) in zip(groups.items(), eval.STYLES):
+        for (row_name, seeds), (color, style) in zip(groups.items(), pictures.STYLES):
             entries = [run.evals for run in seeds]
             steps = [entry['step'] for entry in entries[0]]
             require(all(name in entry or name in entry['val'] for entry in entries[0]),
@@ -67,10 +68,10 @@ def draw(groups, names, labels, out):
             ax.plot(steps, mean, color=color, ls=style, marker='o', ms=4, label=texts[row_name])
         ax.set_title(f'loss on {name}' if name in seeds[0].sets else name, fontsize=11)
         ax.set_xlabel('steps')
-        eval.plain_axes(ax)
+        pictures.plain_axes(ax)
     handles = axes[0, 0].get_legend_handles_labels()
     fig.legend(*handles, loc='outside lower center', ncols=3, frameon=False)
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def main(argv):
@@ -86,9 +87,9 @@ def main(argv):
     groups, path = eval.by_seed(args.runs), Path(args.out)
     text = table(groups)
     print(text)
-    data.write_whole(path, f'{text}\n'.encode())
+    write_whole(path, f'{text}\n'.encode())
     whole = json.dumps(details(groups), indent=1) + '\n'
-    data.write_whole(path.with_suffix('.json'), whole.encode())
+    write_whole(path.with_suffix('.json'), whole.encode())
     if args.picture:
         require(args.show, '--picture needs --show: the values to draw.')
         draw(groups, args.show, args.labels, args.picture)

@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-import data
 from configurator import UserError, require
+from support.files import write_whole
 from results.claims import fields, read_claims
 
 RESULTS = Path(__file__).parent
@@ -63,7 +63,7 @@ def main(argv):
     require(text.count(BEGIN) == 1 and text.count(END) == 1, f'{argv[0]} must contain {BEGIN} and '
             f'{END} once each')
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    data.write_whole(Path(argv[0]), f'{before}{BEGIN}\n{overview()}\n{END}{after}'.encode())
+    write_whole(Path(argv[0]), f'{before}{BEGIN}\n{overview()}\n{END}{after}'.encode())
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import numpy as np
 import eval
 import train
 from configurator import UserError, require
+from support import pictures
 
 Point = namedtuple('Point', 'text end deviation start family')
 # The knobs that must be equal for two points to be joined by a line.
@@ -27,14 +28,14 @@ FAMILY = ('train_data', 'replay_data', 'switches', 'schedule', 'learning_rate', 
 def find_points(groups, old, new, labels):
     """[Point, ...] of {name: [Run of a seed, ...]}. end, deviation, start: pairs of losses."""
     points = []
-    for name, text in eval.legend(groups, labels, 18).items():
+    for name, text in pictures.legend(groups, labels, 18).items():
         seeds = groups[name]
         for run in seeds:
             require({old, new} <= set(run.sets), f'{run.name} was not evaluated on {old} and {new}')
         ends = np.array([[run.final(old), run.final(new)] for run in seeds])        # (seeds, 2)
         starts = np.array([[run.losses(old)[0], run.losses(new)[0]] for run in seeds])
         deviation = ends.std(0, ddof=1) if len(seeds) > 1 else np.zeros(2)
-        start = tuple(starts.mean(0).round(3)) if seeds[0].trained_on else None
+        start = tuple(starts.mean(0).round(3)) if seeds[0].derived['parent'] else None
         config, known = seeds[0].config, {knob.name for knob in fields(train.Config)}
         own = sorted(knob for knob, value in config.items() if value and knob not in known)
         family = str([start, own, *(config.get(knob) or None for knob in FAMILY)])
@@ -52,7 +53,7 @@ def plane(groups, old, new, out, labels=()):
     fig, ax = plt.subplots(figsize=(6.8, 5.2), layout='constrained')
     # a colour for each family; a point is a mark on a cross of standard deviations
     for i, family in enumerate(dict.fromkeys(point.family for point in points)):
-        color = eval.STYLES[i % len(eval.STYLES)][0]
+        color = pictures.STYLES[i % len(pictures.STYLES)][0]
         members = [point for point in points if point.family == family]
         ax.plot(*zip(*(point.end for point in members)), color=color, lw=1)
         for point in members:
@@ -69,9 +70,9 @@ def plane(groups, old, new, out, labels=()):
     ax.set(xlabel=f'loss on old data: {old} (nats per token)',
            ylabel=f'loss on new data: {new} (nats per token)',
            title='Lower left is better: little forgotten, much learned')
-    eval.plain_axes(ax)
+    pictures.plain_axes(ax)
     add_labels(fig, ax, points)
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def add_labels(fig, ax, points):

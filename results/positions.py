@@ -11,6 +11,7 @@ import numpy as np
 
 import eval
 from configurator import UserError, require
+from support import pictures
 
 
 def draw(groups, dataset, out, labels=()):
@@ -18,10 +19,10 @@ def draw(groups, dataset, out, labels=()):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    texts = eval.legend(groups, labels)
+    texts = pictures.legend(groups, labels)
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout='constrained')
     for ax, when, title in zip(axes, (0, -1), ('before the first step', 'after the last step')):
-        for (name, runs), (color, style) in zip(groups.items(), eval.STYLES):
+        for (name, runs), (color, style) in zip(groups.items(), pictures.STYLES):
             found = [run.evals[when].get('by_position', {}).get(dataset) for run in runs]
             require(all(found), f'{name}: no losses by position on {dataset!r}. Train it with '
                     'projects.longer.')
@@ -29,10 +30,10 @@ def draw(groups, dataset, out, labels=()):
             centres = (np.arange(len(losses)) + 0.5) * runs[0].config['block_size'] / len(losses)
             ax.plot(centres, losses, color=color, ls=style, label=texts[name])
         ax.set(title=title, xlabel='position in the window (tokens)')
-        eval.plain_axes(ax)
+        pictures.plain_axes(ax)
     axes[0].set_ylabel(f'loss on {dataset} (nats per token)')
     axes[1].legend(frameon=False, fontsize=8.5)
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def main(argv):

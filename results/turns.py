@@ -16,6 +16,7 @@ import numpy as np
 
 import eval
 from configurator import UserError, require
+from support import pictures
 from results.claims import compare, fields, interval, read_claims
 
 
@@ -46,7 +47,7 @@ def turns(conditions, labels, out):
     ax.axvline(0, color='0.3', lw=1)
     gap = 0.5 / len(conditions)
     for i, (condition, label) in enumerate(zip(conditions, labels)):
-        color = eval.STYLES[i][0]
+        color = pictures.STYLES[i][0]
         rows = np.arange(len(sentences)) + gap * (i - (len(conditions) - 1) / 2)
         for y, by in zip(rows, condition.values()):
             if len(by) > 1:
@@ -55,14 +56,14 @@ def turns(conditions, labels, out):
         ax.plot(means, rows, 'o', color=color, ms=7, label=label)
     ax.set_yticks(range(len(sentences)), [textwrap.fill(s, 52) for s in sentences], fontsize=9)
     ax.invert_yaxis()                                           # the first claim on top
-    eval.plain_axes(ax, grid='x')
+    pictures.plain_axes(ax, grid='x')
     above = dict(y=1.01, fontsize=9, transform=ax.get_xaxis_transform())
     ax.text(0, s='the other way round  \u2190  ', ha='right', **above)
     ax.text(0, s='  \u2192  as the papers say', ha='left', **above)
     ax.set_xlabel('difference in nats per token: the mean of the seeds and its 95% interval\n'
                   '(across zero: not decided)', fontsize=9)
     ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1.03), ncol=len(labels), frameon=False)
-    eval.save_figure(fig, out)
+    pictures.save_figure(fig, out)
 
 
 def main(argv):

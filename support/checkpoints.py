@@ -335,11 +335,13 @@ class Moments:
         groups = [{key: value for key, value in options_of(group).items() if value != first[key]}
                   for group, first in zip(self.optimizer.param_groups, self.options)]
         moments = {self.names[p]: dict(state) for p, state in self.optimizer.state.items() if state}
-        releases_others = self.method.weights(self.model) is not None
+        trained = {}
+        if self.method.weights(self.model) is not None:         # a checkpoint releases others
+            trained = {name: p.detach() for name, p in self.model.named_parameters()}
         return parallel.gathered({
             'kind': type(self.optimizer).__name__, 'moments': moments, 'groups': groups,
             'scaler': self.scaler.state_dict(), 'method': self.method.state_dict(),
-            'trained': dict(self.model.named_parameters()) if releases_others else {}})
+            'trained': trained})
 
     def load(self, part, where):
         """Go on with the part of a checkpoint. {}: begin anew.

@@ -154,11 +154,13 @@ def check_effects(cfg, origin):
 
     starts = cfg.init_from or cfg.branch_from
     has_replay = cfg.replay or any(switch.get('replay') for switch in cfg.switches)
+    is_project = len(type(cfg).__mro__) > 2             # it may read replay_data by itself
     idle = {'keep_optimizer': cfg.keep_optimizer and not cfg.init_from and 'without init_from',
             'continue_data': cfg.continue_data and not starts and 'in a run from scratch',
             'replay_order': cfg.replay_order != 'first-seen' and not has_replay and
             'without replay',
-            'replay_data': cfg.replay_data and not has_replay and 'while replay is 0'}
+            'replay_data': cfg.replay_data and not has_replay and not is_project and
+            'while replay is 0'}
     for knob, why in idle.items():
         # replay may have been on in the file that names them, and be off since
         replay = max('replay', 'switches', key=order.index)

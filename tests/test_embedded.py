@@ -86,7 +86,7 @@ def test_built_corpora(tmp_path, capsys):
     for name, text in (('bad.py', 'def ('), ('copy.py', copy), ('null.py', 'x = "\0"')):
         files.append(tmp_path / name)
         files[-1].write_text(text)
-    for name in ('docs', 'maths', 'docs_1of3', 'docs_2of3', 'docs_3of3', 'code'):
+    for name in ('docs', 'maths', 'docs/1of3', 'docs/2of3', 'docs/3of3', 'code'):
         one = build(name, tmp_path / '1', files=list(map(str, files)), workers=1)
         assert f'{name}: ' in capsys.readouterr().out
         texts = [text for split in ('train', 'val') for text in documents(one, split)]
@@ -96,11 +96,11 @@ def test_built_corpora(tmp_path, capsys):
     assert not any('The following sections describe' in text for text in texts)
     assert any('lambda' in text for text in documents(tmp_path / '1' / 'docs'))
     for split in ('train', 'val'):                              # three parts make the whole
-        parts = [documents(tmp_path / '1' / f'docs_{i}of3', split) for i in (1, 2, 3)]
+        parts = [documents(tmp_path / '1' / f'docs/{i}of3', split) for i in (1, 2, 3)]
         assert sorted(sum(parts, [])) == sorted(documents(tmp_path / '1' / 'docs', split))
 
     before = (one / 'train_00000.bin').stat().st_mtime_ns       # what is there is not built again
-    assert build('code', tmp_path / '1') == one and capsys.readouterr().out.count('\n') == 1
+    assert build('code', tmp_path / '1') == one and capsys.readouterr().out.count('\n') == 2
     assert (one / 'train_00000.bin').stat().st_mtime_ns == before
     os.remove(one / 'val_00000.bin')
     with pytest.raises(UserError, match='has no train or no val shards. Delete it and try again'):

@@ -58,7 +58,7 @@ def test_the_lesson_runs(nbformat, tmp_path, monkeypatch):
     from corpora.shards import write_corpus
     for path in ROOT.glob('*.py'):
         shutil.copy(path, tmp_path)
-    for name in ('config', 'corpora', 'projects', 'results'):
+    for name in ('config', 'corpora', 'projects', 'results', 'support'):
         shutil.copytree(ROOT / name, tmp_path / name)
     write_corpus(make_documents('abcdefghij', 1), 'docs', tmp_path / 'data', val=0.2)
     write_corpus(make_documents('KLMNOPQRST', 2), 'code', tmp_path / 'data', val=0.2)

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 import data
 from configurator import UserError
+from corpora.formats import tokenizer_hash
 from corpora.shards import hash_of
 from projects import certified, data_volume, no_language
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ends_well, metrics, plain, saved, stage
-
 import eval
-import model
 from configurator import UserError
+from conftest import ends_well, metrics, plain, ROOT, saved, stage
 from projects import merge
 from projects.merge import average_weights
-from results import claims, plane
 from schedules import DECAYS
+from support.huggingface import load_hf
+
+from results import claims, plane
 
 pytestmark = pytest.mark.usefixtures('fast', 'one_thread')
 KINDS = ['mean', 'ema', *DECAYS]
@@ -30,7 +30,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def runs(config, trained):
     """out/a, checkpoints of steps 5, 10, 15 and 20 on old data, and out/b, 12 steps on new data."""
-    paths = config('a'), stage(config, 'b', init_from='a.py', save_every=4)
+    paths = (config('a', milestones=[5, 10, 15]),
+             stage(config, 'b', init_from='a.py', save_every=4, milestones=[4, 8]))
     if not (trained / 'b').exists():                    # once for all tests
         for path in paths:
             ends_well(path)
@@ -43,7 +44,7 @@ def command(text):
 
 
 def weights(run, step=20):
-    return saved(run, step)['weights']
+    return saved(run, step)['model']['weights']
 
 
 # ------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_every_command_takes_it(runs, config, capsys):
     assert eval.Run('out/c').old == ['old']
     assert not eval.main(['sample', str(out), '--tokens', '5'])
     assert not eval.main(['export', str(out), 'exported'])
-    assert plain(model.load_hf('exported').state_dict()) == plain(weights(out, 15))
+    assert plain(load_hf('exported').state_dict()) == plain(weights(out, 15))
 
     capsys.readouterr()
     assert not eval.main(['loss', str(out)])
@@ -171,7 +172,7 @@ def test_every_command_takes_it(runs, config, capsys):
 def test_its_record_is_that_of_its_parent(runs, capsys):
     command('interpolate out/a out/b --amount 0.5 --out out/m')
     ours, theirs = eval.Run('out/m'), eval.Run('out/b')
-    assert (ours.old, ours.new, ours.trained_on) == (theirs.old, theirs.new, theirs.trained_on)
+    assert (ours.old, ours.new, ours.roles) == (theirs.old, theirs.new, theirs.roles)
     assert ours.losses('old')[:-1] == theirs.losses('old')[:-1]
     assert ours.final('old') != theirs.final('old') and len(ours.evals) == len(theirs.evals)
     assert ours.config['merged'] == ['out/a', 'out/b'] and ours.config['factors'] == [0.5, 0.5]
@@ -210,8 +211,8 @@ def test_hugging_face_directories(runs):
 
 def test_a_run_without_validation_sets_has_no_record(config):
     ends_well(config('a', val_data=[]))
-    command('average out/a --steps 5 10 --out out/m')
-    assert [path.name for path in Path('out/m').iterdir()] == ['ckpt_00000010.pt']
+    command('average out/a --steps 15 20 --out out/m')
+    assert [path.name for path in Path('out/m').iterdir()] == ['ckpt_00000020.pt']
 
 
 # ------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_what_cannot_be_merged(runs, config, text, words):
 
 def test_weights_that_do_not_fit(runs):
     state = saved('out/b', 12)
-    state['weights'].pop('gpt_neox.embed_in.weight')
+    state['model']['weights'].pop('gpt_neox.embed_in.weight')
     torch.save(state, 'out/b/ckpt_00000012.pt')
     with pytest.raises(UserError, match='the weights do not fit the model'):
         command('interpolate out/a out/b --amount 0.5 --out out/m')

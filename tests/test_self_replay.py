@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, crash, ends_well, metrics, same_run, stage
-
 import data
 import eval
-import train
 from configurator import UserError
-from model import GPTNeoX, GPTNeoXConfig, save_hf
+from conftest import contents, crash, ends_well, metrics, ROOT, same_run, stage
+from model import GPTNeoX, GPTNeoXConfig
 from projects.self_replay import main, sample_streams
+from support import checkpoints
+from support.huggingface import save_hf
+
 
 pytestmark = pytest.mark.usefixtures('fast', 'one_thread')
 
@@ -104,7 +105,7 @@ def test_padding_is_never_sampled(finished, tmp_path, monkeypatch):
     probs = np.random.default_rng().uniform(0.1, 1, model.config.vocab_size)
     probs[257:] = 1e4
     constant(model, probs)
-    train.save_weights('padded.pt', model, state)
+    checkpoints.save_weights('padded.pt', model, state)
     shard = data.open_shard(sample('padded.pt', 'own', tokens=20_000))
     assert (shard.count, shard.vocab_size, shard.eot) == (20_000, 257, 256)
     assert shard.tokens[0] == shard.tokens[5_000] == shard.tokens[15_000] == 256

@@ -5,13 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, ends_well, metrics, stage
-
+from conftest import ends_well, metrics, stage, TINY
 from corpora.shards import write_corpus
 from model import GPTNeoX, GPTNeoXConfig
-from projects.finetune_checkpoints import EOT, NEWLINE, FineTune, answers_of, is_answer, names_of
-from projects.numeracy import Numeracy, in_words, inferable_numbers, sums
-from projects.probe import Probe, linear_cka, linear_probe
+from projects.finetune_checkpoints import answers_of, EOT, FineTune, is_answer, names_of, NEWLINE
+from projects.numeracy import in_words, inferable_numbers, Numeracy, sums
+from projects.probe import linear_cka, linear_probe, Probe
+from support.sampling import generate
+
 
 pytestmark = pytest.mark.usefixtures('fast', 'one_thread')
 
@@ -81,10 +82,10 @@ def test_the_answer_is_the_last_line_of_a_document():
 
 def test_an_exact_match_is_what_greedy_decoding_writes():
     method, model = FineTune(FineTune.Config()), tiny_model()
-    method.model, documents, expected = model, [], []
+    method.net, documents, expected = model, [], []
     for i in range(8):
         question = [*np.random.randint(97, 122, np.random.randint(3, 30)), NEWLINE]
-        whole = model.generate(torch.tensor([[EOT, *question]]), 4, temperature=0)[0].tolist()
+        whole = generate(model, torch.tensor([[EOT, *question]]), 4, temperature=0)[0].tolist()
         answer = whole[-4:]
         if {NEWLINE, EOT} & {*answer}:
             continue

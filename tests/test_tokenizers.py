@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 import data
 from configurator import UserError
 from corpora import tokenizer as module
+from corpora.formats import tokenizer_hash, write_shard
 from corpora.tokenizer import END, BPETokenizer, LibraryTokenizer, find_tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip('tokenizers', reason='our ids are compared with its ids')
@@ -209,9 +210,9 @@ def test_names_follow_the_content(tmp_path, bpe):
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|end|>"}')
     longer = load_tokenizer(str(tmp_path))
     assert own.name == same.name != longer.name and longer.eot == 0 and len(longer.files) == 2
-    for which in (own.name, data.tokenizer_hash(own.name), None):
+    for which in (own.name, tokenizer_hash(own.name), None):
         assert find_tokenizer(which, bpe).name == own.name
-    for which in ('bytes', data.tokenizer_hash('bytes')):
+    for which in ('bytes', tokenizer_hash('bytes')):
         assert find_tokenizer(which, tmp_path).name == find_tokenizer(which, 'none').name == 'bytes'
     for which, folder in ((own.name, tmp_path), (None, 'none')):
         with pytest.raises(UserError, match='does not contain the tokenizer.* --tokenizer FOLDER'):
@@ -276,8 +277,8 @@ def test_transformers_opens_our_tokenizers(tmp_path, bpe, spec):
 
 def test_the_text_of_shards_is_shown(tmp_path):
     ids = [*'Größe'.encode(), 256]
-    data.write_shard(tmp_path / 'a.bin', ids, vocab_size=257, tokenizer='bytes')
-    data.write_shard(tmp_path / 'b.bin', [1], vocab_size=257, tokenizer='another')
+    write_shard(tmp_path / 'a.bin', ids, vocab_size=257, tokenizer='bytes')
+    write_shard(tmp_path / 'b.bin', [1], vocab_size=257, tokenizer='another')
     command = [sys.executable, '-X', 'utf8', '-m', 'corpora.tokenizer']
     run = subprocess.run([*command, tmp_path / 'a.bin', tmp_path / 'b.bin'], cwd=ROOT,
                          capture_output=True, text=True)
