@@ -65,7 +65,7 @@ release() {
     local anneal=$((300 * $2 - 45)) main=splits_infinite_$1
     run ${main}_release$2_seed$3 config/infinite_docs.py --seed=$3 --schedule=infinite_$1 \
         --branch_from=$(checkpoint ${main}_seed$3 $anneal) --anneal=$anneal \
-        --max_steps=$((300 * $2)) --train_data="{'docs_$2of3': 1}" --switches='[]' \
+        --max_steps=$((300 * $2)) --train_data="{'docs/$2of3': 1}" --switches='[]' \
         --milestones='[]'
 }
 # the checkpoints of a main line that are kept: for releases and for averages

@@ -26,7 +26,7 @@ SWITCH_KEYS = {'step', 'lr_below', 'train_data', 'replay_data', 'replay'}
 
 
 def check_knobs(cfg, origin):
-    """UserError for the first thing that is wrong with a config by itself."""
+    """UserError for the first thing that is wrong with a config by itself, whatever the data."""
     for knob, value in asdict(cfg).items():
         if isinstance(value, (int, float)):
             low = 1 if knob in AT_LEAST_1 else 0
@@ -50,7 +50,6 @@ def check_knobs(cfg, origin):
     if cfg.mirror:
         record.find_mirror(cfg.mirror)
     check_batch(cfg)
-    check_data(cfg)
     check_effects(cfg, origin)
 
 
@@ -80,6 +79,7 @@ def check_stages(stages):
             f'read {", ".join(sorted(set().union(*(wanted(stage.cfg) for stage in stages))))}.')
     for stage in stages:
         check_knobs(stage.cfg, stage.origin)
+        check_data(stage.cfg)
 
 
 def check_batch(cfg):

@@ -275,7 +275,7 @@ def test_the_baseline_of_shares_is_found_again():
     ({'batch_size': 99}, 'batch_size is 99'), ({'train_data': {'new_1of2': 1.0}}, 'train_data'),
     ({'switches': [{'step': 5, 'train_data': {'new': 1.0}}]}, 'neither switches nor branch_from'),
     ({'at': range(10, 101, 10)}, 'not evaluated at step 0'),
-    ({'at': range(0, 91, 10)}, 'at its last step'), ({'trained_on': []}, 'both old and new')])
+    ({'at': range(0, 91, 10)}, 'at its last step'), ({'roles': {'old': 'new data', 'new': 'new data'}}, 'both old and new')])
 def test_runs_that_do_not_belong_together(here, tmp_path, monkeypatch, changes, words):
     runs = [str(Path(f'{name}_seed1').resolve()) for name in SHAPES]
     monkeypatch.chdir(tmp_path)

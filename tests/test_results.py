@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_eval import run_folder
-
 import configurator
+import data
 import eval
+import schedules
 import train
 from configurator import UserError
+from conftest import ROOT
+from support import checks
+from test_eval import run_folder
+
 from results import claims, dots, overview, plane, turns
 
 RESULTS = ROOT / 'results'
@@ -158,7 +161,7 @@ def test_a_plane_of_runs_with_two_parents(runs, figures):
             ('r1', (1.0, 3.0), (1.25, 2.2), {'replay': 0.01, **replay}),
             ('r5', (1.0, 3.0), (1.1, 2.4), {'replay': 0.05, **replay}),
             ('other', (1.5, 2.8), (1.6, 2.5), {'replay': 0.05, **replay}),
-            ('union', (6.0, 6.0), (1.05, 2.1), {'trained_on': ()})):
+            ('union', (6.0, 6.0), (1.05, 2.1), {'derived': {'start': 'scratch', 'parent': {}}})):
         run_folder(name, [(step, dict(zip(('old', 'new'), losses)))
                           for step, losses in ((0, start), (10, end))], **knobs)
     labels = ['no replay', '1% replay', '5% replay', 'another old model', 'both from the start']
@@ -327,10 +330,8 @@ def option(words, name):
 def check_training(Config, words, made):
     """The knobs of a run are sound, and what it starts from is in made, to which it is added."""
     cfg, origin = configurator.load(Config, words)
-    train.check(cfg, origin)
-    lr = train.schedules.build(cfg.schedule, steps=cfg.max_steps, peak=cfg.learning_rate,
-                               **vars(cfg))
-    train.resolve_switches(cfg, lr, 0)
+    checks.check_knobs(cfg, origin)
+    data.plan_mixes(cfg, schedules.of(cfg), 0)
     start = cfg.init_from or cfg.branch_from
     # in an order that works
     assert cfg.out_dir not in made, words

@@ -65,31 +65,31 @@ def test_from_downloads_to_a_benchmark(hub, capsys):
     tokens = ('--tokenizer', 'weights/toy', '--val', '0.2', '--workers', '1')
     command('corpora.prepare', 'pile', 'raw/pile', *tokens)
     by_domain = ('--by', 'meta.redpajama_set_name')
-    assert 'slim_c4' in command('corpora.prepare', 'slim', 'raw/slim', *by_domain, *tokens)
-    assert sorted(path.name for path in Path('data').iterdir()) == ['pile', 'slim_book', 'slim_c4']
+    assert 'slim/c4' in command('corpora.prepare', 'slim', 'raw/slim', *by_domain, *tokens)
+    assert sorted(path.name for path in Path('data').glob('slim/*')) == ['book', 'c4']
     tokenizer = load_tokenizer('weights/toy')
     oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(hub))
-    for name in ('pile', 'slim_c4'):
+    for name in ('pile', 'slim/c4'):
         (file,) = data.find_shards(name, 'train')
         ids = data.open_shard(file).tokens[:].tolist()
         text = tokenizer.decode(ids)
         assert ids == oracle(text)['input_ids'] and text.count(END) > 50
 
     # released weights, before they are trained here
-    assert not eval.main(['loss', 'weights/toy', '--sets', 'pile', 'slim_c4', '--device', 'cpu'])
+    assert not eval.main(['loss', 'weights/toy', '--sets', 'pile', 'slim/c4', '--device', 'cpu'])
     assert capsys.readouterr().out.count('bits per byte') == 2
 
     # a stage on the new data, with replay of the old
     out = Path('out/walk')
     assert train.main([
         str(ROOT / 'config/rewarm_pile_slim.py'), '--init_from=weights/toy', f'--out_dir={out}',
-        "--train_data={'slim_book': 4.2, 'slim_c4': 26.69}", '--replay=0.25', "--old_data=['pile']",
-        "--val_data=['pile', 'slim_book', 'slim_c4']", '--block_size=32', '--batch_size=16',
+        "--train_data={'slim/book': 4.2, 'slim/c4': 26.69}", '--replay=0.25', "--old_data=['pile']",
+        "--val_data=['pile', 'slim/book', 'slim/c4']", '--block_size=32', '--batch_size=16',
         '--micro_batch_size=8', '--max_steps=12', '--milestones=[]', '--eval_every=6',
         '--eval_windows=20', '--device=cpu', '--dtype=fp32', '--compile=false']) == 0
     assert 'chance would be ln 50304' in capsys.readouterr().out.replace(',', '')
     first, _, last = metrics(out, 'eval')
-    assert last['val']['slim_c4']['loss'] < first['val']['slim_c4']['loss']
+    assert last['val']['slim/c4']['loss'] < first['val']['slim/c4']['loss']
     assert eval.Run(out).old == ['pile'] and (out / 'forgetting.png').stat().st_size > 10_000
     assert not eval.main(['loss', str(out), '--device', 'cpu'])
     said = capsys.readouterr().out

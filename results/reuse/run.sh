@@ -21,7 +21,7 @@ for s in $SEEDS; do
     on $s reuse_end_tenth $config --min_lr=3e-5
     on $s reuse_end_zero $config --min_lr=0
     for k in 2 10 50; do
-        on $s reuse_switch_1_$k $config --switches="[{'lr': 1/$k, 'train_data': $qa}]"
+        on $s reuse_switch_1_$k $config --switches="[{'lr_below': 1/$k, 'train_data': $qa}]"
     done
 done
 wait

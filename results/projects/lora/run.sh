@@ -16,11 +16,11 @@ for s in $SEEDS; do
     on $s short_replay0 $code $short --replay=0
     on $s short_replay5 $code $short
     for rank in 4 16 64; do
-        program='-m projects.lora' on $s lora_r$rank $code $short --replay=0 --rank=$rank \
+        program='-m projects.lora' on $s lora_r$rank $code $short --replay=0 --lora_rank=$rank \
             --learning_rate=1e-2 --min_lr=1e-3
     done
     # a third of the rate, for 1e-2 is too high for this rank
-    program='-m projects.lora' on $s lora_r64_low $code $short --replay=0 --rank=64
+    program='-m projects.lora' on $s lora_r64_low $code $short --replay=0 --lora_rank=64
     on $s freeze_lower $code $short --replay=0 --freeze="$lower"
     python -m projects.blocks out/pretrain_docs_seed$s out/blocks_seed$s.pt --every 2
     run blocks_seed$s $code $short --replay=0 --freeze="$old" --seed=$s \
