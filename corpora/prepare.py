@@ -45,8 +45,8 @@ def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', v
     """
     if val is None:
         val = 0 if val_files else 0.05
-    require(all(re.fullmatch(r'\w[\w.-]*', part) for part in name.split('/')), f'{name!r} cannot be '
-            'the name of a corpus. Use letters, digits, dots, - and _, and / before a part.')
+    require(all(re.fullmatch(r'\w[\w.-]*', part) for part in name.split('/')), f'{name!r} cannot '
+            'be the name of a corpus. Use letters, digits, dots, - and _, and / before a part.')
     require(0 <= val < 1, f'--val is a share of the documents, from 0 to below 1, not {val}.')
     require(0 < longest <= 1024, f'--longest is a number of MiB up to 1024, not {longest}.')
     conditions = [re.fullmatch('([^=]+)=(.+)', words) for words in where]
@@ -98,7 +98,7 @@ def encoding_name(encoding):
         return codecs.lookup(encoding).name
     except (LookupError, ValueError):
         raise UserError(f'--encoding {encoding}: there is no such encoding. Common ones are '
-                        'utf-8, utf-16, cp1252 (Windows), latin-1, shift_jis and gb18030.') from None
+                        'utf-8, utf-16, cp1252 (Windows), latin-1, shift_jis, gb18030.') from None
 
 
 def describe(files):

@@ -79,14 +79,14 @@ def ending_of(file):
 
 
 def kind_of(file):
-    """'text', 'lines' (of JSON), 'parquet' or 'arrow', by the ending; None if it is not readable."""
+    """'text', 'lines' (of JSON), 'parquet' or 'arrow', by the ending; None for others."""
     ending = ending_of(file)
     kind = KINDS.get(ending.removesuffix('.gz').removesuffix('.zst'))
     return None if kind in ('parquet', 'arrow') and ending not in KINDS else kind
 
 
 def group_files(files, options):
-    """The files in groups of neighbours, which are read one by one: [[(file, start, end), ...], ...].
+    """Groups of neighbouring files, each read at a time: [[(file, start, end), ...], ...].
 
     Large files are cut into pieces where that is possible. To a piece belong the lines, or the row
     groups of Parquet, that begin between these two bytes.
@@ -305,7 +305,8 @@ def or_problem(function, *args):
 
 
 def too_long(options):
-    return BadDocument(f'longer than {options["longest"] / 2**20:g} MiB (--longest MIB allows more)')
+    most = options['longest'] / 2**20
+    return BadDocument(f'longer than {most:g} MiB (--longest MIB allows more)')
 
 
 def field_of(row, path, hint=''):

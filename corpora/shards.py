@@ -47,7 +47,7 @@ class ShardWriter:
         self.dtype = token_type(tokenizer.vocab_size)
         self.ids, self.text_bytes = bytearray(), 0              # of the shard that is being filled
         self.counts = {'documents': 0, 'tokens': 0, 'bytes': 0, 'shards': 0}
-        self.written = []                                       # [name, tokens, bytes] of each shard
+        self.written = []                                   # [name, tokens, bytes] of each shard
 
     def add(self, text, text_bytes):
         ids = self.tokenizer.encode(text)
@@ -153,7 +153,7 @@ def write_summary(folder, settings, counts):
 
 
 def in_groups(items, sizes, limit):
-    """Neighbours in lists, each up to a limit of size: [[item, ...], ...]. A larger item is alone."""
+    """Neighbours in lists, each up to a size: [[item, ...], ...]. A larger item is alone."""
     groups, filled = [], 0
     for item, size in zip(items, sizes):
         if not groups or filled + size > limit:

@@ -76,8 +76,8 @@ class LoRA(train.Method):
         require(linears, f'lora_modules = {cfg.lora_modules} matches no linear layer. They have '
                 'names such as gpt_neox.layers.0.mlp.dense_h_to_4h.')
         most = min(min(module.weight.shape) for module in linears.values())
-        require(1 <= cfg.lora_rank <= most, f'lora_rank = {cfg.lora_rank}: expected 1 to {most}, the rank that '
-                'these matrices have.')
+        require(1 <= cfg.lora_rank <= most, f'lora_rank = {cfg.lora_rank}: expected 1 to '
+                f'{most}, the rank that these matrices have.')
 
         # freeze all there is, then add what is trained
         self.names = list(model.state_dict())

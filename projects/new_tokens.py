@@ -144,7 +144,8 @@ def main(argv):
     args = parser.parse_args(argv)
 
     state, model = eval.load_run(args.run)
-    require(state['history']['tokenizer'] == tokenizer_hash('bytes'), f'{args.run}: its tokenizer is '
+    require(state['history']['tokenizer'] == tokenizer_hash('bytes'), f'{args.run}: its tokenizer '
+            'is '
             'not that of bytes, so it knows longer tokens already. Start from a byte-level model.')
     require(args.tokens >= 1, f'--tokens {args.tokens}: expected at least 1.')
     out = Path(args.out)

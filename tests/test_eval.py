@@ -61,9 +61,10 @@ def run_folder(name, evals, roles=None, samples=None, derived=None, **knobs):
     defaults = {'out_dir': name, 'train_data': {'new': 1.0}, 'max_steps': 10, 'warmup': 2}
     config = asdict(train.Config(**{**defaults, **knobs}))
     sets = evals[0][1] if evals else []
+    shape = {key: knobs.get(key, value) for key, value in asdict(SHAPE).items()}
     roles = roles or {name: {'new': 'new data'}.get(name, 'old data') for name in sets}
     facts = {'start': 'init_from', 'start_step': 0, 'tokens_per_step': 128, 'roles': roles,
-             'samples_before': {}, 'shape': asdict(SHAPE), 'method': 'train:Method',
+             'samples_before': {}, 'shape': shape, 'method': 'train:Method',
              'parent': {'path': 'out/parent', 'step': 20}, 'block_size': 32, 'tokenizer': 7,
              'val_prints': {name: '1 shard' for name in sets}, **(derived or {})}
     (folder / 'config.json').write_text(json.dumps({'run': f'id of {name}', 'config': config,
@@ -241,8 +242,8 @@ def test_rows_of_another_run_are_not_read(runs):
 
 def test_without_the_losses_at_the_start_nothing_is_said_of_forgetting(runs):
     path = Path(runs[2], 'metrics.jsonl')
-    kept = [line for line in path.read_text().splitlines(True) if '"step": 0, "tokens": 0, "val' not
-            in line]
+    kept = [line for line in path.read_text().splitlines(True)
+            if '"step": 0, "tokens": 0, "val' not in line]
     path.write_text(''.join(kept))
     text = eval.table(eval.by_seed(runs[2:3]))
     row = cells(text)['5% replay']

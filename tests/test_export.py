@@ -216,7 +216,8 @@ def test_what_export_refuses(run, fails):
     state = saved(run, 30)
     state['model']['weights']['embed_out.weight'][0, 0] = 1e5
     torch.save(state, 'large.pt')
-    fails(eval, 'export', 'large.pt', 'hf', '--dtype', 'fp16', words=['float16', 'too large', 'bf16'])
+    fails(eval, 'export', 'large.pt', 'hf', '--dtype', 'fp16',
+          words=['float16', 'too large', 'bf16'])
     state['model']['shape']['vocab_size'] = 128
     for name in ('gpt_neox.embed_in.weight', 'embed_out.weight'):
         state['model']['weights'][name] = state['model']['weights'][name][:128]

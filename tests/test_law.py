@@ -66,6 +66,8 @@ def here(fitted, monkeypatch):
 def options(**knobs):
     """The words of a config that continues as KNOBS say."""
     knobs = {**KNOBS, 'train_data': {'new': 1.0}, 'warmup': 2, **knobs}
+    if not knobs.get('replay'):                         # replay_data would have no effect
+        knobs.pop('replay_data')
     return [f'--{key}={value}' for key, value in knobs.items()]
 
 
@@ -270,18 +272,19 @@ def test_the_baseline_of_shares_is_found_again():
 # Bad input
 
 @pytest.mark.parametrize('changes, words', [
-    ({'vocab_size': 50304}, 'vocab_size is 50304 in odd, but 0'),
+    ({'vocab_size': 50304}, 'vocab_size is 50304 in odd, but 384'),
     ({'eval_windows': 7}, 'eval_windows is 7 in odd'), ({'val_data': ['old']}, 'val_data is'),
     ({'batch_size': 99}, 'batch_size is 99'), ({'train_data': {'new_1of2': 1.0}}, 'train_data'),
     ({'switches': [{'step': 5, 'train_data': {'new': 1.0}}]}, 'neither switches nor branch_from'),
     ({'at': range(10, 101, 10)}, 'not evaluated at step 0'),
-    ({'at': range(0, 91, 10)}, 'at its last step'), ({'roles': {'old': 'new data', 'new': 'new data'}}, 'both old and new')])
+    ({'at': range(0, 91, 10)}, 'at its last step'),
+    ({'roles': {'old': 'new data', 'new': 'new data'}}, 'both old and new')])
 def test_runs_that_do_not_belong_together(here, tmp_path, monkeypatch, changes, words):
     runs = [str(Path(f'{name}_seed1').resolve()) for name in SHAPES]
     monkeypatch.chdir(tmp_path)
     make_run('odd', at=changes.pop('at', range(0, 101, 10)))
     about = json.loads(Path('odd/config.json').read_text())
-    for part in (about['derived'], about['config']):
+    for part in (about['derived'], about['derived']['shape'], about['config']):
         part |= {key: value for key, value in changes.items() if key in part}
     Path('odd/config.json').write_text(json.dumps(about))
     with pytest.raises(UserError, match=words):

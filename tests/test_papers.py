@@ -214,8 +214,9 @@ GUPTA = [
     # 1104 x 2048, the tokens of an iteration, and Table 1: their sum, and Sampling %
     Fact(PYTHIA, lambda p: p.step_tokens, 2_260_992),
     Fact(PYTHIA, total, 296.86, 0.005),
-    Fact(PYTHIA, percent, {'slimpajama/stackexchange': 2, 'slimpajama/arxiv': 2.5, 'slimpajama/wikipedia': 4.5,
-                           'slimpajama/book': 4.5, 'slimpajama/github': 4.5, 'slimpajama/c4': 15,
+    Fact(PYTHIA, percent, {'slimpajama/stackexchange': 2, 'slimpajama/arxiv': 2.5,
+                           'slimpajama/wikipedia': 4.5, 'slimpajama/book': 4.5,
+                           'slimpajama/github': 4.5, 'slimpajama/c4': 15,
                            'slimpajama/commoncrawl': 67}, 1e-4),
     # section 3: warmup of 1%, cosine, then constant: 10% of MaxLR at 240B
     Fact(PYTHIA, lambda p: p.lr.phases[-1].start * p.step_tokens / 1e9, 239.5, 0.5),
@@ -269,11 +270,13 @@ IBRAHIM = [
     Fact(REPEATED, lasts, [3e-4, 3e-5] * 3),
     # A.1: 132,363 iterations in all; Table 1: tokens and weight of each domain
     Fact(DOMAINS, lambda p: p.cfg.max_steps, 132_363),
-    Fact(DOMAINS, tokens, {'slimpajama/commoncrawl': 155.89, 'slimpajama/c4': 79.87, 'slimpajama/github': 15.63,
-                           'slimpajama/arxiv': 13.25, 'slimpajama/book': 12.58, 'slimpajama/wikipedia': 11.96,
+    Fact(DOMAINS, tokens, {'slimpajama/commoncrawl': 155.89, 'slimpajama/c4': 79.87,
+                           'slimpajama/github': 15.63, 'slimpajama/arxiv': 13.25,
+                           'slimpajama/book': 12.58, 'slimpajama/wikipedia': 11.96,
                            'slimpajama/stackexchange': 10.09}, 0.006),
-    Fact(DOMAINS, percent, {'slimpajama/commoncrawl': 52.088, 'slimpajama/c4': 26.688, 'slimpajama/github': 5.224,
-                            'slimpajama/arxiv': 4.428, 'slimpajama/book': 4.203, 'slimpajama/wikipedia': 3.997,
+    Fact(DOMAINS, percent, {'slimpajama/commoncrawl': 52.088, 'slimpajama/c4': 26.688,
+                            'slimpajama/github': 5.224, 'slimpajama/arxiv': 4.428,
+                            'slimpajama/book': 4.203, 'slimpajama/wikipedia': 3.997,
                             'slimpajama/stackexchange': 3.371}, 0.001),
     # the authors' settings: 5% replay among all that came before
     Fact(SPLITS, lambda p: percent(p, 0, 44_229),

@@ -497,7 +497,8 @@ def test_an_encoding_that_is_named_is_read(tmp_path):
 
 def test_windows_line_ends_and_near_copies_are_said(tmp_path, capsys):
     texts = make_texts(200)
-    copies = [f'{text.replace(chr(32), chr(32) * 2)}  {i}' for i, text in enumerate(texts) if len(text) > 200]
+    copies = [text.replace(' ', '  ') + f'  {i}' for i, text in enumerate(texts)
+              if len(text) > 200]
     write(tmp_path / 'a.jsonl', rows_of([*texts, *copies, 'a\r\nb']))
     prepare('x', [tmp_path], tmp_path / 'data', val=0.3)
     out = capsys.readouterr().out

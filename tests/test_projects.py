@@ -354,7 +354,8 @@ def test_only_expanded_blocks_are_trained(second, capsys):
     blocks.main(['out/a', 'out/blocks.pt', '--every', '1'])
     freeze = re.search('--(freeze=.*)', capsys.readouterr().out)[0].replace('"', '')
     ends_well(path, '--init_from=out/blocks.pt', freeze)
-    before, after = torch.load('out/blocks.pt')['model']['weights'], saved('out/b', 12)['model']['weights']
+    before = torch.load('out/blocks.pt')['model']['weights']
+    after = saved('out/b', 12)['model']['weights']
     for name in after:
         assert torch.equal(before[name], after[name]) != name.startswith('gpt_neox.layers.1.')
     val = metrics('out/b', 'eval')[0]['val']

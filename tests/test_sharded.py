@@ -21,6 +21,11 @@ FSDP = dict(parallel='fsdp', batch_size=12, num_hidden_layers=2, milestones=[0])
 MIXED = dict(FSDP, replay_data={'new': 1.0}, replay=0.25, switches=[{'step': 7, 'replay': 0.5}])
 
 
+def weights(run, step=20):
+    """The weights of a checkpoint as bytes."""
+    return plain(saved(run, step)['model']['weights'])
+
+
 def curves(run):
     """Logged losses and gradient norms, and the losses on validation sets."""
     trained = [(row['loss'], row['grad_norm']) for row in metrics(run, 'train')]
@@ -53,9 +58,10 @@ def test_sharded_processes_train_as_one(config, forked, world, per_node):
     for many, one in zip(curves('out/many'), curves('out/one')):
         torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
     # the same initial weights to the last bit; after 20 steps of Adam, within rounding
-    assert plain(saved('out/many', 0)['model']['weights']) == plain(saved('out/one', 0)['model']['weights'])
+    assert weights('out/many', 0) == weights('out/one', 0)
     for name, tensor in saved('out/many')['model']['weights'].items():
-        torch.testing.assert_close(tensor, saved('out/one')['model']['weights'][name], rtol=0, atol=2e-3)
+        one = saved('out/one')['model']['weights'][name]
+        torch.testing.assert_close(tensor, one, rtol=0, atol=2e-3)
 
 
 def test_a_killed_run_resumes_bit_for_bit(config, forked):
@@ -77,7 +83,7 @@ def test_a_damaged_checkpoint_is_found_by_one_process_for_all(config, forked):
     newest.write_bytes(raw)
     ends_well(forked, ['cut.py'], world=2)
     assert 'Trying an older checkpoint' in Path('stdout_0').read_text()
-    assert plain(saved('out/whole')['model']['weights']) == plain(saved('out/cut')['model']['weights'])
+    assert weights('out/whole') == weights('out/cut')
 
 
 @pytest.mark.parametrize('first, second', [((2, 'fsdp'), (1, 'ddp')), ((2, 'fsdp'), (2, 'ddp')),
@@ -97,13 +103,13 @@ def test_every_way_to_start(config, forked):
     ends_well(forked, [config('up', **FSDP)], world=2)
     kept = config('kept', **FSDP, init_from='out/up', keep_optimizer=True)
     ends_well(forked, [kept], world=2)
-    assert plain(saved('out/kept', 0)['model']['weights']) == plain(saved('out/up')['model']['weights'])
+    assert weights('out/kept', 0) == weights('out/up')
     moments = [plain(saved(run, step)['optimizer']['moments'])
                for run, step in (('out/kept', 0), ('out/up', 20))]
     assert moments[0] == moments[1]
     ends_well(forked, [config('branch', **dict(FSDP, max_steps=24, milestones=[20]),
                               branch_from='out/up')], world=2)
-    assert plain(saved('out/branch')['model']['weights']) == plain(saved('out/up')['model']['weights'])
+    assert weights('out/branch') == weights('out/up')
 
     net = GPTNeoX(GPTNeoXConfig(384, 32, 2, 2, max_position_embeddings=32)).bfloat16()
     save_hf(net, 'hf')
@@ -116,7 +122,8 @@ def test_eval_opens_what_a_sharded_run_saves(config, forked):
     ends_well(forked, [config('a', **FSDP)], world=2)
     import eval
     state, net = eval.load_run('out/a')
-    assert state['progress']['step'] == 20 and net.num_params() == sum(p.numel() for p in net.parameters())
+    assert state['progress']['step'] == 20
+    assert net.num_params() == sum(p.numel() for p in net.parameters())
 
 
 def test_a_signal_to_one_process_stops_all(config, forked):
