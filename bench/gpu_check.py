@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
@@ -20,7 +21,9 @@ import torch
 import common
 from common import Record
 from configurator import UserError, require
-from model import DTYPES, GPTNeoX, GPTNeoXConfig, check_fast_path, use_kernels
+from model import GPTNeoX, GPTNeoXConfig
+from support import fast_path
+from support.processes import DTYPES
 
 Case = namedtuple('Case', 'size dtype layers tokens')
 # 410m first, then the other head sizes (32, 128, 80, 256), then the other widths. Neither 2000 nor
@@ -126,7 +129,9 @@ def check(case, device, rehearse):
     # what train.py does before its first step
     refusal = ''
     try:
-        check_fast_path(net, *batch[:, :, :256], 'triton', device, dtype)
+        length = min(256, net.config.max_position_embeddings)
+        shape = replace(net.config, max_position_embeddings=length)
+        fast_path.check(GPTNeoX, shape, 'triton', device, dtype)
     except UserError as error:
         refusal = str(error)
     return {'case': case._asdict(), 'distance': distance(flat(ours), flat(exact)),
@@ -150,7 +155,7 @@ def step(net, batch, kernels, dtype):
     """{name: gradient} of a training step, and its loss."""
     idx, targets = batch
     device = idx.device.type
-    path = use_kernels(net, kernels, device, dtype)
+    path = fast_path.choose(net, kernels, device, dtype)
     require(kernels == 'torch' or path == 'Triton', path)
     net.zero_grad()
     is_half = dtype in (torch.bfloat16, torch.float16)

@@ -19,7 +19,8 @@ import common
 import internals
 from common import Record, peak_gb, synchronize, time_one
 from configurator import require
-from model import GPTNeoX, GPTNeoXConfig, configure_optimizer, parameter_groups, use_kernels
+from model import GPTNeoX, GPTNeoXConfig
+from support import fast_path
 
 
 def main():
@@ -76,7 +77,7 @@ class Probe:
         with torch.device(self.device):
             net = GPTNeoX(self.config)
             idx, targets = torch.randint(self.V, (2, self.B, self.T))
-        path = use_kernels(net, 'triton', self.device, self.dtype)
+        path = fast_path.choose(net, 'triton', self.device, self.dtype)
         require(path == 'Triton', path)
         if compiled:                                    # layer by layer, as train.py does
             for layer in net.gpt_neox.layers:
@@ -141,7 +142,7 @@ class Probe:
     def optimizer(self):
         """ms of what comes once a step, and of what comes once a micro-step for every weight."""
         net, _ = self.build()
-        optimizer = make_optimizer(net, self.device)
+        optimizer = internals.make_optimizer(net, self.device)
         for p in net.parameters():
             p.grad = torch.full_like(p, 1e-4)
         params, found = list(net.parameters()), {}
@@ -171,12 +172,11 @@ class Probe:
             found['all by Triton, peak GB'] = peak_gb(micro_step)
         cases = {'norm by PyTorch': dict(norms=internals.plain_add_norm),
                  'loss by PyTorch': dict(loss=internals.PlainHeadLoss),
-                 'attention by PyTorch': dict(attend=internals.causal_attention),
-                 'attention by cuDNN': dict(attend=internals.cudnn_attention)}
+                 'attention by PyTorch': dict(attend=internals.causal_attention)}
         for name, case in cases.items():
             with internals.parts(net, **case):
                 found[name] = self.ms(micro_step, rounds=5, calls=2)
-        use_kernels(net, 'torch')
+        fast_path.choose(net, 'torch')
         found['all by PyTorch'] = self.ms(micro_step, rounds=5, calls=2)
         return found
 
@@ -238,7 +238,7 @@ class Probe:
         """ms of an optimizer step that waits for the gradient's norm before AdamW, and of one that
         reads it after."""
         net, micro_step = self.build()
-        optimizer, params = make_optimizer(net, self.device), list(net.parameters())
+        optimizer, params = internals.make_optimizer(net, self.device), list(net.parameters())
 
         def run(early):
             for _ in range(steps):
@@ -253,10 +253,6 @@ class Probe:
         run(True)
         return {'early': self.cpu_ms(lambda: run(True)) / steps,
                 'late': self.cpu_ms(lambda: run(False)) / steps}
-
-
-def make_optimizer(net, device):
-    return configure_optimizer(parameter_groups(net, 0.1), 1e-4, (0.9, 0.95), 1e-8, device)
 
 
 # ------------------------------------------------------------------------------

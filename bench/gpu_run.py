@@ -21,7 +21,7 @@ import torch
 
 import common
 from common import ROOT, Record
-from data import write_shard
+from corpora.formats import write_shard
 
 # What train.py is asked to do. Head size 64, several micro-steps, two checkpoints before the end.
 KNOBS = dict(train_data={'random': 1.0}, val_data=['random'], hidden_size=256, num_hidden_layers=4,

@@ -1,17 +1,17 @@
 """All that the benches use from inside model.py: they take it from here and from nowhere else.
 
 When model.py changes inside, change this file. Beyond it the benches know only GPTNeoX (its
-gpt_neox.layers), GPTNeoXConfig, PYTHIA, DTYPES, use_kernels, check_fast_path, parameter_groups,
-configure_optimizer and save_hf.
+gpt_neox.layers), GPTNeoXConfig, PYTHIA, parameter_groups, and support/.
 """
 import contextlib
 from unittest import mock
 
+import torch
 import torch.nn.functional as F
 
 import model
 from model import (FlashAttention, HeadLoss, add_norm, causal_attention, cross_entropy,
-                   cudnn_attention, rotary_tables, rotate, rotate_packed_)
+                   parameter_groups, rotary_tables, rotate, rotate_packed_)
 
 # The Triton kernels of attention, in the order of their tiles in model.ATTENTION_TILES.
 ATTENTION_KERNELS = ('attention_kernel', 'attention_dq_kernel', 'attention_dkv_kernel')
@@ -36,7 +36,7 @@ class PlainHeadLoss:
 
 @contextlib.contextmanager
 def parts(net, attend=FlashAttention.apply, norms=add_norm, loss=HeadLoss):
-    """Inside, a TritonGPTNeoX computes these parts by these functions. The default is Triton."""
+    """Inside, a model on the fast path computes these parts by these functions. The default is Triton."""
     for layer in net.gpt_neox.layers:
         layer.attention.attend = attend
     with mock.patch.object(model, 'add_norm', norms), mock.patch.object(model, 'HeadLoss', loss):
@@ -98,3 +98,9 @@ def keep_compiled(place):
     """A context in which an attention kernel is a Keeper, which it yields."""
     name = ATTENTION_KERNELS[place]
     return mock.patch.object(model, name, Keeper(getattr(model, name)))
+
+
+def make_optimizer(net, device):
+    """AdamW as in train.py."""
+    return torch.optim.AdamW(parameter_groups(net, 0.1), lr=1e-4, betas=(0.9, 0.95), eps=1e-8,
+                             fused=device in ('cpu', 'cuda'))

@@ -25,7 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import HEADER_BYTES, Mixture, Source, mix_weights, write_shard    # noqa: E402
+from corpora.formats import write_shard                      # noqa: E402
+from data import HEADER_BYTES, Mixture, Source, mix_weights  # noqa: E402
 
 VOCAB_SIZE = 50304
 SHARD_TOKENS = 100_000_000

@@ -12,23 +12,26 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import common  # noqa: F401 (puts the repository on the path)
 import configurator
-import eval
 import train
 from configurator import UserError, require
-from model import LOSS_ROWS, PYTHIA, QUERY_BLOCK, GPTNeoX, GPTNeoXConfig, read_hf_config
+import data
+from model import LOSS_ROWS, PYTHIA, GPTNeoX, GPTNeoXConfig
+from support import checkpoints, checks, parallel, processes, record
+from support.cpu_attention import QUERY_BLOCK
+from support.huggingface import read_hf_config
+from support.processes import GPU_PEAK_FLOPS
 
 
 @dataclass
 class Options(train.Config):
     world_size: int = 1         # processes, one for each GPU
     nodes: int = 1              # machines
-    gpu: str = 'H100'           # a name in GPU_PEAK_FLOPS of train.py
+    gpu: str = 'H100'           # a name in GPU_PEAK_FLOPS of support/processes.py
     gpu_memory: float = 80.0    # GB of it, 10^9 bytes; a tenth is left for CUDA, NCCL and gaps
     mfu: float = 0.4            # the share of its peak that training reaches
 
@@ -47,9 +50,10 @@ class Plan:
         self.parameters = self.model.num_params()
         self.layer = sum(p.numel() for p in self.model.gpt_neox.layers[0].parameters())
         self.root = self.parameters - self.L * self.layer       # embeddings, head, last norm
-        self.sharded = train.is_sharded(self.cfg)
-        self.shards = train.local_world_size() if self.sharded else 1
-        self.rows, self.accumulation = train.micro_batches(self.cfg)
+        self.sharded = parallel.is_sharded(self.cfg)
+        self.shards = processes.local_world_size() if self.sharded else 1
+        rows = self.cfg.batch_size // processes.world_size()
+        self.rows, self.accumulation = data.micro_batches(rows, self.cfg.micro_batch_size)
         self.T = self.cfg.block_size
         self.N = self.rows * self.T
 
@@ -62,13 +66,12 @@ class Plan:
         return 8 * self.parameters / self.shards
 
     def gradients(self):
-        """float32. Sharded too, unless fsdp exchanges them only once a step."""
-        is_whole = self.sharded and not self.cfg.sync_every_micro_step and self.accumulation > 1
-        return 4 * self.parameters / (1 if is_whole else self.shards)
+        """float32, sharded too: fsdp exchanges them in every micro-step."""
+        return 4 * self.parameters / self.shards
 
     def buckets(self):
         """DDP exchanges gradients in buckets, which are copies of them all."""
-        return 4 * self.parameters if train.world_size() > 1 and not self.sharded else 0
+        return 4 * self.parameters if processes.world_size() > 1 and not self.sharded else 0
 
     def gathered(self, layers):
         """fsdp: whole tensors of the root, which stays gathered, and of so many layers."""
@@ -180,12 +183,12 @@ def make(words):
     cfg, origin = configurator.load(Options, words)
     require(cfg.world_size >= 1 and cfg.nodes >= 1 and cfg.world_size % cfg.nodes == 0,
             f'world_size = {cfg.world_size} does not divide among {cfg.nodes} nodes.')
-    require(cfg.gpu in train.GPU_PEAK_FLOPS, f'gpu = {cfg.gpu!r}: expected one of '
-            f'{", ".join(train.GPU_PEAK_FLOPS)}.')
+    require(cfg.gpu in GPU_PEAK_FLOPS, f'gpu = {cfg.gpu!r}: expected one of '
+            f'{", ".join(GPU_PEAK_FLOPS)}.')
     os.environ['WORLD_SIZE'] = str(cfg.world_size)
     os.environ['LOCAL_WORLD_SIZE'] = str(cfg.world_size // cfg.nodes)
     device = 'cuda' if cfg.device == 'auto' else cfg.device
-    train.check(replace(cfg, device='cpu'), origin)     # also where there is no GPU
+    checks.check_knobs(replace(cfg, device='cpu'), origin)      # also where there is no GPU
 
     path = 'plain'
     if cfg.kernels != 'torch' and device == 'cuda':
@@ -196,7 +199,12 @@ def make(words):
     with torch.device('meta'):
         model = GPTNeoX(shape_of(cfg, origin))
     cfg = replace(cfg, block_size=model.config.max_position_embeddings)
-    return Plan(cfg, model, path, train.pick_dtype(dtype, device).itemsize)
+    return Plan(cfg, model, path, dtype_of(dtype, device).itemsize)
+
+
+def dtype_of(name, device):
+    """The type of matrix products; of a GPU that is not here, what its name says."""
+    return processes.pick('cpu', name)[1] if device == 'cpu' else processes.DTYPES[name]
 
 
 def shape_of(cfg, origin):
@@ -204,21 +212,23 @@ def shape_of(cfg, origin):
     start, parent = cfg.init_from or cfg.branch_from, None
     if start.endswith('.py'):
         parent = shape_of(*configurator.load(train.Config, [start]))
-    elif Path(start, 'config.json').is_file() and eval.read_config(start) is None:
+    elif Path(start, 'config.json').is_file() and record.read_config(start) is None:
         parent = read_hf_config(Path(start, 'config.json'))
-    elif start and (Path(start).is_file() or eval.checkpoints(Path(start))):
-        parent = eval.read_checkpoint(eval.newest_checkpoint(start), verify=False, mmap=True)
-        parent = GPTNeoXConfig(**parent['model'])
+    elif start and (Path(start).is_file() or checkpoints.find(start)):
+        state = checkpoints.read(checkpoints.newest(start), verify=False)
+        parent = GPTNeoXConfig(**state['model']['shape'])
     elif start:
         # released weights that are not here yet: pythia-410m, say
         sizes = [size for size in PYTHIA if f'pythia-{size}' in Path(start).name.lower()]
-        require(sizes, f'{start} is not here. Give --init_from= --model=SIZE to plan without it.')
+        require(sizes, f'{start} is not here. Give --init_from= --pythia=SIZE to plan without it.')
         parent = GPTNeoXConfig.pythia(sizes[-1])
     if parent and origin['block_size'] == 'default':
         cfg = replace(cfg, block_size=parent.max_position_embeddings)
     # the ids of GPT-NeoX-20B's tokenizer, where neither a knob nor a parent says more
-    data = {'any': SimpleNamespace(shards=[SimpleNamespace(vocab_size=50277)])}
-    return train.model_shape(cfg, origin, parent and {'model': asdict(parent)}, data)
+    model = {'shape': asdict(parent)} if parent else {}
+    way = 'init_from' if cfg.init_from else 'branch_from' if cfg.branch_from else 'scratch'
+    begin = train.Start(way, start, {}, model, {}, {}, {}, {})
+    return train.model_shape(cfg, origin, begin, cfg.vocab_size or 50304)
 
 
 def report(plan):
@@ -229,9 +239,9 @@ def report(plan):
     names = ['kept', 'recomputed'][::-1 if cfg.checkpoint_activations else 1]
     most, peak = 0.9 * cfg.gpu_memory, plan.gpu_bytes() / gb
     verdict = 'It fits' if peak <= most else 'IT DOES NOT FIT'
-    speed = cfg.world_size * train.GPU_PEAK_FLOPS[cfg.gpu] * cfg.mfu
+    speed = cfg.world_size * GPU_PEAK_FLOPS[cfg.gpu] * cfg.mfu
     lines = [f'{plan.parameters:,} parameters: {plan.L} layers x {plan.C}, vocabulary {plan.V:,}',
-             f'processes: {train.processes_in_words(cfg)}',
+             f'processes: {parallel.in_words(cfg)}',
              f'micro-batches of {plan.rows} x {plan.T:,} tokens, {plan.accumulation} a step; '
              f'{plan.path}, {"bf16" if plan.b == 2 else "fp32"}', '',
              f'{"GB per GPU; activations are":28}{names[0]:>11}{names[1]:>13}']

@@ -10,6 +10,7 @@ the ratios of neighbours.
 """
 import ctypes
 import gc
+import itertools
 import json
 import os
 import socket
@@ -23,17 +24,16 @@ import numpy as np
 
 import common
 from common import Record
-from data import write_shard
+from corpora.formats import write_shard
 
 # A width that makes 200M parameters of layers; and Pythia-160M, half of which is embeddings.
 SHAPES = {'200m': dict(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16),
-          'pythia-160m': dict(model='160m', vocab_size=50304)}
+          'pythia-160m': dict(pythia='160m', vocab_size=50304)}
 SPEED = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, block_size=256,
              micro_batch_size=4, max_steps=5)
 TOY = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2)
 KNOBS = dict(train_data={'random': 1.0}, val_data=[], vocab_size=512, block_size=128, batch_size=8,
-             micro_batch_size=2, max_steps=2, warmup=1, device='cpu', dtype='fp32', log_every=1,
-             overwrite=True)
+             micro_batch_size=2, max_steps=2, warmup=1, device='cpu', dtype='fp32', log_every=1)
 
 
 def main():
@@ -114,16 +114,23 @@ def two_processes(what, knobs, *more):
 # ------------------------------------------------------------------------------
 # In one of the two processes
 
+NUMBERS = itertools.count()
+
+
 def run(train, words):
+    """Train, in a folder of its own: the words end with that of all."""
     import configurator
+    folder = [word for word in words if word.startswith('--out_dir')][0]
+    words = [*words, f'{folder}_{next(NUMBERS)}']
     cfg, origin = configurator.load(train.Config, words)
-    train.run(cfg, origin)
+    train.run(train.Stage(cfg, origin, train.Method), wait=False)
     return cfg
 
 
 def work_of_memory(train, words):
     """Train a tiny model first, which loads all code. Then measure, and leave before saving."""
-    run(train, [*words, *options({**TOY, 'model': ''})])
+    from support import parallel
+    run(train, [*words, *options({**TOY, 'pythia': ''})])
     real_build, base = train.build_model, []
 
     def build(*args):
@@ -137,9 +144,9 @@ def work_of_memory(train, words):
         print(f'\n{(status("VmHWM") - base[0]) / 1e9}', flush=True)
         os._exit(0)
 
-    train.build_model, train.gathered, train.save_checkpoint = build, gathered, None
+    train.build_model, parallel.gathered = build, gathered
     # nothing to save before the last step
-    run(train, [*words, '--overwrite=false', f'--out_dir={words[-1].partition("=")[2]}_2'])
+    run(train, words)
 
 
 def status(key):
@@ -150,12 +157,14 @@ def status(key):
 
 def work_of_speed(train, words, rounds):
     """The same steps by one and the other, in turns."""
+    import eval
+    from support import checkpoints, processes
     found = {'ddp': [], 'fsdp': []}
-    train.report, train.save_checkpoint = lambda folder: None, lambda cfg, state: None
+    eval.report, checkpoints.save = lambda folder: None, lambda cfg, state: None
     for _ in range(rounds):
         for mode, speeds in found.items():
             cfg = run(train, [*words, f'--parallel={mode}'])
-            if train.rank() == 0:
+            if processes.rank() == 0:
                 lines = Path(cfg.out_dir, 'metrics.jsonl').read_text().splitlines()
                 rows = [json.loads(line) for line in lines]
                 steps = [row['tokens_per_s'] for row in rows if row['event'] == 'train']
@@ -165,9 +174,10 @@ def work_of_speed(train, words, rounds):
 
 def worker(what, folder, option, *words):
     import train
+    from support import processes
     if option == 'returned':
-        train.keep_freed_memory = lambda: None
-    train.start_processes('cpu')
+        processes.keep_freed_memory = lambda: None
+    processes.join('cpu')
     if what == 'memory':
         work_of_memory(train, list(words))
     else:

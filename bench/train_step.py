@@ -7,7 +7,6 @@
 Contenders; '+compile' after a name compiles it:
     ours           model.py by its fastest path; compiled layer by layer, as train.py does
     ours-pytorch   model.py in plain PyTorch (kernels = 'torch'); likewise
-    ours-cudnn     model.py with deterministic = False: on Hopper, cuDNN for heads above 64
     ours-fsdp      sharded over this one device: what parallel = 'fsdp' costs beside its exchange
     transformers   its GPTNeoXForCausalLM, with our weights
     nanogpt        the GPT of nanoGPT's model.py, from a clone: --nanogpt=FOLDER
@@ -42,9 +41,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 from common import Record, empty_cache, peak_gb, synchronize
 from configurator import UserError, require
-from model import (DTYPES, PYTHIA, GPTNeoX, GPTNeoXConfig, configure_optimizer, cross_entropy,
-                   parameter_groups, save_hf, use_kernels)
-from train import GPU_PEAK_FLOPS, pick_dtype
+from internals import make_optimizer
+from model import PYTHIA, GPTNeoX, GPTNeoXConfig, cross_entropy
+from support import fast_path
+from support.huggingface import save_hf
+from support.processes import DTYPES, GPU_PEAK_FLOPS, pick
 
 ON_CPU = 'ours,transformers,nanogpt'
 ON_GPU = ('ours,transformers,ours-pytorch,ours+compile,transformers+compile,ours-pytorch+compile,'
@@ -97,9 +98,8 @@ def config_of(args):
 # ------------------------------------------------------------------------------
 # Contenders
 
-# arguments of use_kernels: wanted, deterministic
-OURS = {'ours': ('auto', True), 'ours-pytorch': ('torch', True), 'ours-cudnn': ('auto', False),
-        'ours-fsdp': ('auto', True)}
+# which kernels they ask for
+OURS = {'ours': 'auto', 'ours-pytorch': 'torch', 'ours-fsdp': 'auto'}
 
 
 # builders of peers: our model, args -> (model, function that computes its loss)
@@ -159,8 +159,7 @@ class Contender:
         kind, _, compiled = name.partition('+')
         if kind in OURS:
             model = copy.deepcopy(ours)
-            wanted, deterministic = OURS[kind]
-            self.path = use_kernels(model, wanted, args.device, dtype, deterministic)
+            self.path = fast_path.choose(model, OURS[kind], args.device, dtype)
             self.loss = lambda idx, targets: model(idx, targets)[1]
             parts = model.gpt_neox.layers
         else:
@@ -173,8 +172,7 @@ class Contender:
         self.model = model.to(args.device).train()
         if kind == 'ours-fsdp':
             shard_on_one_device(self.model, args.device)
-        self.optimizer = configure_optimizer(parameter_groups(model, 0.1), 1e-4, (0.9, 0.95), 1e-8,
-                                             args.device)
+        self.optimizer = make_optimizer(model, args.device)
         self.scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32,
                                        cache_enabled=kind != 'ours-fsdp')
@@ -202,7 +200,7 @@ class Race:
 
     def __init__(self, args, record):
         self.args, self.record = args, record
-        self.dtype = pick_dtype(args.dtype, args.device)
+        self.dtype = pick(args.device, args.dtype)[1]
         with torch.device(args.device):
             self.ours = GPTNeoX(config_of(args))        # its weights are those of all
             tokens = torch.randint(self.ours.config.vocab_size, (args.batch, args.block + 1))
