@@ -133,7 +133,7 @@ class Runs:
         """{place: value} of everything that must not differ between two runs."""
         path = self.folder / name / f'ckpt_{self.knobs["max_steps"]:08d}.pt'
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        found = {key: checkpoint[key] for key in ('weights', 'optimizer')}
+        found = {part: checkpoint[part] for part in ('model', 'optimizer')}
         for step, row in self.rows(name, 'train').items():
             found[f'step {step}'] = row['loss'], row['grad_norm']
         for step, row in self.rows(name, 'eval').items():

@@ -303,7 +303,8 @@ def test_what_is_no_run_is_skipped_with_a_line(runs, capsys):
     out, err = capsys.readouterr()
     assert list(cells(out)) == ['a', '5% replay', 'c', 'first']
     assert sorted(err.splitlines()) == [
-        'out/c is not finished: step 5 of 10', 'skipped: out/b.log is not a run folder of this version',
+        'out/c is not finished: step 5 of 10',
+        'skipped: out/b.log is not a run folder of this version',
         'skipped: out/exported is not a run folder of this version',
         'skipped: out/failed has not been evaluated yet',
         'skipped: out/older is not a run folder of this version',
@@ -409,7 +410,8 @@ def test_nothing_is_cut_and_no_labels_collide(tmp_path, monkeypatch, drawn, step
     roles = {name: 'old data' if name == 'docs' else 'new data' for name in sets}
     names = [run_folder(f'run{i}', curve, roles, train_data={'maths': 1.0},
                         max_steps=min(steps, 10**4)) for i in range(9)]
-    monkeypatch.setattr(pictures, 'rates_of', lambda run: (np.arange(2) * 128 * steps, [1e-3, 1e-4]))
+    rates = np.arange(2) * 128 * steps, [1e-3, 1e-4]
+    monkeypatch.setattr(pictures, 'rates_of', lambda run: rates)
     figure = drawn(names, labels=['a label of many words, which no line can hold'] * 9)
     figure.draw_without_rendering()
     whole, drawn_on = figure.bbox_inches.padded(0.01), figure.get_tightbbox()

@@ -255,9 +255,7 @@ def test_a_part_by_pytorch_runs_inside_of_the_context_only(monkeypatch):
     net = model.GPTNeoX(train_step.config_of(Namespace(model='toy', block=8)))
     batch = torch.randint(64, (2, 3, 8))
     plain = net(*batch)[1]
-    net.__class__ = model.TritonGPTNeoX
-    for layer in net.gpt_neox.layers:
-        layer.__class__ = model.TritonLayer
+    net.fast = True
     with internals.parts(net, attend=model.causal_attention, norms=internals.plain_add_norm,
                          loss=internals.PlainHeadLoss):
         assert net(*batch)[1].item() == pytest.approx(plain.item(), abs=1e-6)
@@ -410,7 +408,7 @@ def test_the_check_finds_a_kernel_that_is_wrong(fault, monkeypatch):
     if fault == 'refused':
         def refuse(*args):
             raise UserError('it does not follow an edit')
-        monkeypatch.setattr(gpu_check, 'check_fast_path', refuse)
+        monkeypatch.setattr(gpu_check.fast_path, 'check', refuse)
     found = gpu_check.check(gpu_check.Case('410m', 'fp32', 1, 20), 'cpu', True)
     assert found['ok'] == (not fault)
     assert bool(found['train_py_refuses']) == (fault == 'refused')
@@ -420,7 +418,7 @@ def test_the_check_finds_a_kernel_that_is_wrong(fault, monkeypatch):
 
 def test_without_triton_the_check_fails(monkeypatch):
     """It must not compare PyTorch with itself."""
-    monkeypatch.setattr('model.triton', None)
+    monkeypatch.setattr(gpu_check.fast_path, 'triton', None)
     with pytest.raises(UserError, match='Triton is not installed'):
         gpu_check.check(gpu_check.Case('410m', 'fp32', 1, 20), 'cpu', True)
 
