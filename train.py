@@ -166,7 +166,7 @@ class Method:
 
     def start(self, model, saved):
         """Called with the weights loaded. saved: what state_dict() returned when the moments were
-        saved that this stage takes along; None where they begin anew."""
+        saved that this stage takes along, on the model's device; None where they begin anew."""
 
     def optimizer(self, model):
         """Any torch.optim.Optimizer whose step() needs no closure. What it keeps is saved and
@@ -243,7 +243,7 @@ def train(cfg, origin, method_class):
     method.autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32,
                                      cache_enabled=not parallel.is_sharded(cfg))
     method.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    method.start(model, start.optimizer.get('method') or None)
+    method.start(model, processes.moved(start.optimizer.get('method'), device) or None)
     forward = parallel.over_processes(model, cfg, device)       # the model, or DDP around it
 
     # the optimizer, with the moments of before where TAKES says so

@@ -36,7 +36,7 @@ class PlainHeadLoss:
 
 @contextlib.contextmanager
 def parts(net, attend=FlashAttention.apply, norms=add_norm, loss=HeadLoss):
-    """Inside, a model on the fast path computes these parts by these functions. The default is Triton."""
+    """Inside, a model on the fast path computes these parts by these functions."""
     for layer in net.gpt_neox.layers:
         layer.attention.attend = attend
     with mock.patch.object(model, 'add_norm', norms), mock.patch.object(model, 'HeadLoss', loss):

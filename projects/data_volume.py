@@ -8,7 +8,7 @@ MB are nearly as good as 4 GB, and one more stage on the text of the task helps 
 Here the parts are 1/256 to all of `docs`, 46 kB to 9 MB. All models take 500 steps, so a smaller
 part is read more often, and 40 steps on `maths` follow.
 
-    python -m projects.data_volume                              # writes data/docs_1of256, ...
+    python -m projects.data_volume                              # writes data/docs/1of256, ...
     python train.py config/pretrain_docs.py --max_steps=500 --train_data="{'docs/1of64': 1}" \
 --out_dir=out/volume_1of64
 
@@ -70,7 +70,7 @@ def main(argv):
         folder = embedded.build(cfg.corpus, cfg.data_dir)
     texts = list(documents(folder))
     for part in cfg.parts:
-        name, chosen = f'{cfg.corpus}_1of{part}', in_part(texts, part)
+        name, chosen = f'{cfg.corpus}/1of{part}', in_part(texts, part)
         if not Path(cfg.data_dir, name).exists():
             shards.write_corpus(chosen, name, cfg.data_dir)
         print(f'{name}: {len(chosen):,} of {len(texts):,} documents')

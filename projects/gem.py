@@ -80,8 +80,9 @@ class GEM(train.Method):
             x, y, _ = memory.batch(part)                                        # (B, T) each
             with self.autocast:
                 _, loss = model(*processes.to_device((x, y), device.type))
-            gradients = torch.autograd.grad(loss, parameters)
-            total += flat(gradients) * (len(part) / len(samples))
+            # scaled as in train(): fp16 rounds small gradients to 0
+            gradients = torch.autograd.grad(self.scaler.scale(loss), parameters)
+            total += flat(gradients) * (len(part) / len(samples) / self.scaler.get_scale())
 
         # p.grad is a mean over the processes, and so is this
         if dist.is_initialized():
@@ -96,7 +97,7 @@ class GEM(train.Method):
         products = references @ g
         cosines = products / (references.norm(dim=1) * g.norm())
         self.counts['steps'] += 1
-        if products.min() < 0:
+        if products.isfinite().all() and products.min() < 0:
             self.counts['projected'] += 1
             g = project(g, references)
             parts = g.split([p.numel() for p in parameters])

@@ -87,7 +87,7 @@ def merge(parts, out):
     partial = out.with_name(f'{out.name}.rewarm-partial')
     shutil.rmtree(partial, ignore_errors=True)
     step, run_id = state.get('progress', {}).get('step', 0), secrets.token_hex(6)
-    if state:
+    if state.get('stage'):                              # not of weights from elsewhere
         state['stage'] = state['stage'] | {'id': run_id}
     checkpoints.save_weights(partial / f'ckpt_{step:08d}.pt', model, state)
     parent = last if last.is_dir() else last.parent
@@ -101,24 +101,24 @@ def merge(parts, out):
         about['derived']['last_step'] = step
         whole = json.dumps(about | record.provenance() | {'run': run_id}, indent=1)
         write_whole(partial / 'config.json', whole.encode())
-        write_record(partial, parent, about['derived'], run_id)
+        write_record(partial, parent, about['derived'], step, run_id)
     partial.rename(out)
 
 
-def write_record(folder, parent, derived, run_id):
+def write_record(folder, parent, derived, step, run_id):
     """metrics.jsonl: that of the parent up to the step of the weights, and then their losses."""
     # evaluated as by train.py, to the last bit
     device = processes.pick_device('auto')
     dtype = getattr(torch, derived['dtype'].removeprefix('torch.'))
     options = argparse.Namespace(sets=None, windows=None, data_dir=None, device=device, method='')
-    state, model, val_sets = eval.open_run(folder, options)
+    _, model, val_sets = eval.open_run(folder, options)
     fast_path.choose(model, 'auto', device, dtype)
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     val = eval.evaluate(model, val_sets, derived['micro_batch_size'], autocast)
     print(record.in_one_line(val))
 
-    step = state['progress']['step']
-    rows = [row for row in record.read_rows(parent / 'metrics.jsonl') if row['step'] < step]
+    rows = [row for row in record.read_rows(parent / 'metrics.jsonl')
+            if row['step'] < step or row['event'] == 'start']
     tokens = step * derived['tokens_per_step']
     rows.append({'event': 'eval', 'step': step, 'tokens': tokens, 'val': val})
     lines = ''.join(json.dumps(row | {'run': run_id}) + '\n' for row in rows)

@@ -87,7 +87,7 @@ class Probe(train.Method):
         """Windows of a split of sources: (ids (N, T), the number of the source of each)."""
         ids, labels = [], []
         for label, name in enumerate(names):
-            if processes.rank() == 0 and name in embedded.EMBEDDED:
+            if processes.is_first() and name in embedded.EMBEDDED:
                 embedded.build(name, self.cfg.data_dir)
             processes.from_first()                     # the others wait for the files
             shards = data.find_shards(name, split, self.cfg.data_dir, self.cfg.paths)

@@ -14,6 +14,7 @@ from conftest import ends_well, metrics, plain, ROOT, saved, stage
 from projects import merge
 from projects.merge import average_weights
 from schedules import DECAYS
+from support import checkpoints
 from support.huggingface import load_hf
 
 from results import claims, plane
@@ -207,6 +208,25 @@ def test_hugging_face_directories(runs):
     assert Path('again/tokenizer.json').exists() == Path('a/tokenizer.json').exists()
     command('add a b out/b --out out/mixed')            # the last one is a run, with a record
     assert eval.Run('out/mixed').final('new') is not None
+
+
+def test_weights_from_elsewhere_are_merged_too(runs, config):
+    """They have a shape and no history."""
+    _, model = eval.load_run('out/a')
+    checkpoints.save_weights('bare/x.pt', model, {})
+    command('interpolate out/b bare/x.pt --amount 0.5 --out out/m')
+    expected = torch.lerp(*(saved(*end)['model']['weights']['embed_out.weight']
+                            for end in (('out/b', 12), ('out/a', 20))), 0.5)
+    torch.testing.assert_close(weights('out/m', 0)['embed_out.weight'], expected)
+    ends_well(stage(config, 'c', init_from='out/m', max_steps=1, warmup=0))
+
+
+def test_the_first_checkpoint_of_a_run_has_a_record(runs, config):
+    ends_well(stage(config, 'c', init_from='a.py', max_steps=4, warmup=1, milestones=[0]))
+    first = 'out/c/ckpt_00000000.pt'
+    command(f'interpolate {first} {first} --amount 0.5 --out out/m')
+    assert metrics('out/m') == [{**metrics('out/c', 'eval')[0], **metrics('out/m')[0]}]
+    assert eval.Run('out/m').losses('old') == eval.Run('out/c').losses('old')[:1]
 
 
 def test_a_run_without_validation_sets_has_no_record(config):

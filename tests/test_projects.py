@@ -79,21 +79,71 @@ def test_a_method_trains_and_resumes(second, monkeypatch, name):
 
 
 def recipes():
-    return re.findall(r'```python\n(.*?)```', (ROOT / 'projects/README.md').read_text(), re.S)
+    """{the name of its Method: a recipe of the README}."""
+    page = (ROOT / 'projects/README.md').read_text()
+    texts = re.findall(r'```python\n(.*?)```', page, re.S)
+    return {re.search(r'class (\w+)\(train.Method\)', text)[1]: text for text in texts}
 
 
-@pytest.mark.parametrize('number', range(len(recipes())))
-def test_the_recipes_of_the_readme_run(second, number, tmp_path, monkeypatch):
-    text = recipes()[number]
-    assert len([line for line in text.splitlines() if line.strip()]) <= 16
-    (tmp_path / f'mine{number}.py').write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module(f'mine{number}')
-    Method = [value for value in vars(module).values() if inspect.isclass(value)
-              and issubclass(value, train.Method)][0]
-    ends_well(second('b'), method=Method)
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """recipe('ZLoss'): the Method of a recipe, from a file of its own."""
+    def load(name):
+        Path(tmp_path, f'mine_{name}.py').write_text(recipes()[name])
+        monkeypatch.syspath_prepend(tmp_path)
+        return getattr(importlib.import_module(f'mine_{name}'), name)
+    return load
+
+
+@pytest.mark.parametrize('name', recipes())
+def test_the_recipes_of_the_readme_run(second, recipe, name, monkeypatch):
+    assert len([line for line in recipes()[name].splitlines() if line.strip()]) <= 16
+    ends_well(second('b'), method=recipe(name))
     ends_well(second('plain'))
     assert metrics('out/b') != metrics('out/plain')
+    argv = [second('c')]
+    crash(argv, random.randint(4, 11), monkeypatch, recipe(name))
+    ends_well(*argv, method=recipe(name))
+    same_run('out/b', 'out/c', 12)
+
+
+def test_another_optimizer(second, recipe):
+    """The step of SGD with Nesterov's momentum, by hand."""
+    knobs = dict(schedule='constant', warmup=0, weight_decay=0.0, grad_clip=0.0, save_every=1)
+    ends_well(second('b', max_steps=2, **knobs), '--log_every=1', method=recipe('Momentum'))
+    before, after = saved('out/b', 1), saved('out/b', 2)
+    assert after['optimizer']['kind'] == 'SGD'
+    assert list(after['optimizer']['moments']) == list(before['model']['weights'])
+    for name, old in before['model']['weights'].items():
+        first, second_ = (state['optimizer']['moments'][name]['momentum_buffer']
+                          for state in (before, after))
+        gradient = second_ - 0.9 * first
+        expected = old - 2e-3 * (gradient + 0.9 * second_)
+        torch.testing.assert_close(after['model']['weights'][name], expected)
+
+
+def test_another_optimizer_takes_no_moments_of_adamw(second, recipe, fails):
+    fails(second('b', keep_optimizer=True), method=recipe('Momentum'),
+          says=['the moments are of AdamW, but this run has SGD'])
+
+
+def test_replayed_rows_are_read_and_not_learned(second, recipe):
+    Method, path = recipe('NewRowsOnly'), second('b')
+    cfg, _ = configurator.load(Method.Config, [path])
+    _, model = eval.load_run('out/a')
+    x, y = torch.randint(200, (2, 4, 32))
+    loss, values = Method(cfg).objective(model, x, y, ['new', 'old', 'new', 'old'])
+    torch.testing.assert_close(loss, model(x[::2], y[::2])[1])
+    assert values == {'new rows': 0.5}
+    loss, _ = Method(cfg).objective(model, x, y, ['old'] * 4)
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+    # in a run, the sources are those of the rows
+    ends_well(path, method=Method)
+    old = [row['samples']['old'] for row in metrics('out/b', 'train')]
+    for row, before, now in zip(metrics('out/b', 'train'), [0, *old], old):
+        assert row['new rows'] == 1 - (now - before) / 4
 
 
 # ------------------------------------------------------------------------------
@@ -432,6 +482,17 @@ def test_two_processes_project_as_one(second, forked, options):
                                                                                      rel=1e-3)
 
 
+def test_small_gradients_of_old_data_survive_fp16(second, monkeypatch):
+    """The loss is scaled before it becomes a gradient, and the gradient is scaled back."""
+    ends_well(second('b'), '--memory_batch=4', method=gem.GEM)
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: real(
+        device, init_scale=2.0**10, enabled=True))
+    ends_well(second('c'), '--memory_batch=4', method=Scaled)
+    for one, other in zip(metrics('out/b', 'train'), metrics('out/c', 'train')):
+        assert one['cosine'] == pytest.approx(other['cosine'], rel=1e-3)
+    assert Scaled.losses[0] > 1000
+
+
 def test_bad_gem(second, fails):
     fails(second('b', replay_data={}, replay=0.0), says=['replay_data must name'], method=gem.GEM)
     fails(second('b'), '--memory_batch=0', says=['memory_batch = 0'], method=gem.GEM)
@@ -475,8 +536,9 @@ def test_longer_windows(second, stretch):
 
 
 def test_bad_stretches(second, fails):
-    for option, words in (('--stretch=yarn', "stretch = 'yarn'"), ('--stretch=base', 'rotary_base'),
-                          ('--buckets=7', 'buckets = 7'), ('--factor=0.5', 'factor = 0.5')):
+    for option, words in (('--stretch=yarn', "stretch = 'yarn': expected one of 'none', 'ntk'"),
+                          ('--stretch=base', 'rotary_base'), ('--buckets=7', 'buckets = 7'),
+                          ('--factor=0.5', 'factor = 0.5')):
         fails(second('b'), option, says=[words], method=longer.Longer)
 
 

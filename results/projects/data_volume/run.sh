@@ -10,17 +10,17 @@ stage="config/pretrain_docs.py --eval_every=50"
 
 python -m projects.data_volume --parts='[256, 64, 16]'
 for s in $SEEDS; do
-    for part in _1of256 _1of64 _1of16 ''; do
-        run volume${part}_seed$s $stage --max_steps=500 --seed=$s \
-            "--train_data={'docs$part': 1}" "--val_data=['docs']"
+    for part in 1of256 1of64 1of16 ''; do
+        run volume${part:+_$part}_seed$s $stage --max_steps=500 --seed=$s \
+            "--train_data={'docs${part:+/$part}': 1}" "--val_data=['docs']"
     done
 done
 wait
 for s in $SEEDS; do
-    for part in _1of256 _1of64 _1of16 ''; do
-        run volume${part}_maths_seed$s $stage --max_steps=40 --seed=$s \
+    for part in 1of256 1of64 1of16 ''; do
+        run volume${part:+_$part}_maths_seed$s $stage --max_steps=40 --seed=$s \
             "--train_data={'maths': 1}" "--val_data=['docs', 'maths']" \
-            --init_from=out/volume${part}_seed$s
+            --init_from=out/volume${part:+_$part}_seed$s
     done
 done
 wait
