@@ -103,7 +103,7 @@ def test_built_corpora(tmp_path, capsys):
     assert build('code', tmp_path / '1') == one and capsys.readouterr().out.count('\n') == 2
     assert (one / 'train_00000.bin').stat().st_mtime_ns == before
     os.remove(one / 'val_00000.bin')
-    with pytest.raises(UserError, match='has no train or no val shards. Delete it and try again'):
+    with pytest.raises(UserError, match='has no train or no val shards. Move it away'):
         build('code', tmp_path / '1')
 
 
