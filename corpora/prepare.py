@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from configurator import UserError, require
 from corpora import embedded
-from corpora.records import READABLE, field_of, group_files, list_files, records, too_long
+from corpora.records import (READABLE, field_of, group_files, kind_of, list_files, records,
+                             too_long)
 from corpora.shards import (ShardWriter, flat, hash_of, join_pieces, split_of, worker_pool,
                             write_summary)
 from corpora.tokenizer import BadDocument, load_tokenizer
@@ -37,7 +38,7 @@ NOT_CHOSEN, COPY, EMPTY = 'other values than --where', 'copy of a validation doc
 
 
 def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', val=None,
-            val_files=(), text_field='text', where=(), by=None, encoding='utf-8', longest=64,
+            val_files=(), text_field='text', where=(), by=None, encoding='utf-8', cut=0, longest=64,
             workers=None, allow_left_out=False):
     """Turn files, folders and globs into data_dir/name, or with `by` into data_dir/name/VALUE.
 
@@ -48,6 +49,7 @@ def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', v
     require(all(re.fullmatch(r'\w[\w.-]*', part) for part in name.split('/')), f'{name!r} cannot '
             'be the name of a corpus. Use letters, digits, dots, - and _, and / before a part.')
     require(0 <= val < 1, f'--val is a share of the documents, from 0 to below 1, not {val}.')
+    require(0 <= cut <= 2**20, f'--cut is a number of KiB up to {2**20}, not {cut}.')
     require(0 < longest <= 1024, f'--longest is a number of MiB up to 1024, not {longest}.')
     conditions = [re.fullmatch('([^=]+)=(.+)', words) for words in where]
     require(all(conditions), '--where needs FIELD=VALUE, for example meta.pile_set_name=Github.')
@@ -58,7 +60,8 @@ def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', v
     # The settings and the files decide what is in the shards.
     options = {'name': name, 'tokenizer': tokenizer, 'eot': eot, 'val': val, 'by': by,
                'text_field': text_field, 'where': [list(match.groups()) for match in conditions],
-               'encoding': encoding_name(encoding), 'longest': int(longest * 2**20)}
+               'encoding': encoding_name(encoding), 'cut': int(cut * 2**10),
+               'longest': int(longest * 2**20)}
     settings = {**options, 'tokenizer': load_tokenizer(tokenizer).name,
                 'files': describe(files), 'val_files': describe(val_files)}
     partial = Path(data_dir, f'.{flat(name)}.partial')
@@ -82,6 +85,7 @@ def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', v
                 bar.update(sum(end - start for _, start, end in job[1]))
 
     report(results, passed_over)
+    report_large_texts(files, options)
     counts = add_up([result['counts'] for result in results])
     problem = what_is_wrong(results, counts, allow_left_out)
     if problem:
@@ -288,7 +292,21 @@ def report(results, passed_over):
         print(f'{number:,} documents left out: {problem}', *places[problem][:3], sep='\n    ')
     windows = sum(result['windows_line_ends'] for result in results)
     if windows:
-        print(f'{windows:,} documents have Windows line ends (CR LF), which are kept')
+        print(f'{windows:,} documents have Windows line ends (CR LF), which are kept; dos2unix '
+              'FILE takes them out')
+
+
+LARGE_TEXT = 2**20              # bytes
+
+
+def report_large_texts(files, options):
+    """Print that a large file of plain text is a single document."""
+    large = [file for file in files
+             if kind_of(file) == 'text' and os.path.getsize(file) > LARGE_TEXT]
+    if large and not options['cut']:
+        print('a file of plain text is one document, which is trained on or held out as a whole; '
+              f'of these, which are longer than {LARGE_TEXT // 2**20} MiB, --cut 64 would make '
+              'documents of 64 KiB:', *large[:3], sep='\n    ')
 
 
 def what_is_wrong(results, counts, allow_left_out):
@@ -317,11 +335,12 @@ def what_is_wrong(results, counts, allow_left_out):
 
 
 def report_near_copies(partial, numbers):
-    """Print how many validation documents begin like a training document."""
+    """Print that near-duplicates stay, and how many there seem to be in the validation data."""
     openings = [table['opening'][table['is_val']] for table in
                 (read_hashes(partial, number) for number in numbers)]
     openings, counts = np.unique(np.concatenate(openings), return_counts=True)
     if not len(openings):
+        print('near-duplicates are not removed; no document is held out for validation')
         return
     # One group after the other, because the hashes of a large corpus do not fit into memory.
     is_near = np.zeros(len(openings), bool)
@@ -330,8 +349,9 @@ def report_near_copies(partial, numbers):
         train = table['opening'][~table['is_val']]
         places = np.searchsorted(openings, train).clip(max=len(openings) - 1)
         is_near[places[openings[places] == train]] = True
-    print(f'{counts[is_near].sum():,} of {counts.sum():,} validation documents begin like a '
-          'training document: their first 200 characters are equal but for case and white space')
+    print(f'near-duplicates are not removed: {counts[is_near].sum():,} of {counts.sum():,} '
+          'validation documents begin like a training document (the first 200 characters, but for '
+          'case and white space)')
 
 
 def publish(partial, data_dir, settings, results, counts, tokenizer):
@@ -391,6 +411,8 @@ def main(argv):
         'with one of these values, as in meta.pile_set_name=Github; several: all must hold')
     add('--by', metavar='FIELD', help='a source for each value: NAME/c4, NAME/arxiv, ...')
     add('--encoding', default='utf-8', help='of text and lines that are not UTF-8, such as cp1252')
+    add('--cut', type=float, default=0, metavar='KIB', help='make documents of this size, up to '
+        'the end of a line, of each file of plain text; 0: a file is a document')
     add('--longest', type=float, default=64, metavar='MIB', help='longer documents and lines are '
         'left out; each worker needs several times this memory')
     add('--allow_left_out', action='store_true', help='go on when most documents, or all documents '

@@ -7,6 +7,7 @@ import codecs
 import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -26,8 +27,8 @@ KINDS = dict.fromkeys('.txt .md .rst .tex .org .py .pyx .c .h .cc .cpp .hpp .cu 
 KINDS |= {'.jsonl': 'lines', '.json': 'lines', '.ndjson': 'lines', '.parquet': 'parquet',
           '.arrow': 'arrow'}
 READABLE = ('Readable are .jsonl and .json with an object a line, .parquet, .arrow (a dataset of '
-            'Hugging Face), and .txt, .md, .py, .c and other plain text with a document a file; '
-            'text and lines also as .gz and .zst.')
+            'Hugging Face), and .txt, .md, .py, .c and other plain text with a document a file. '
+            'Text and lines are UTF-8 (else: --encoding), and may be packed as .gz or .zst.')
 
 
 # --- which files ---------------------------------------------------------------------------------
@@ -131,8 +132,18 @@ def records(piece, options):
 
 
 def read_text(file, start, end, options):
+    """Yield (number, text) of the whole file, or of the documents that --cut makes of it."""
     with open_text(file, options) as f:
-        yield 1, decode(f.read(options['longest'] + 1), options)
+        if not options['cut']:
+            yield 1, decode(f.read(options['longest'] + 1), options)
+            return
+        # A document is so many bytes, and what then is left of the line.
+        for number in itertools.count(1):
+            raw = f.read(options['cut'])
+            raw += f.readline(options['longest'])
+            if not raw:
+                break
+            yield number, or_problem(decode, raw, options)
 
 
 def read_lines(file, start, end, options):
@@ -306,7 +317,8 @@ def or_problem(function, *args):
 
 def too_long(options):
     most = options['longest'] / 2**20
-    return BadDocument(f'longer than {most:g} MiB (--longest MIB allows more)')
+    return BadDocument(f'longer than {most:g} MiB (--longest MIB allows more, --cut KIB cuts plain '
+                       'text)')
 
 
 def field_of(row, path, hint=''):

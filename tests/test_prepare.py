@@ -384,7 +384,8 @@ def test_damaged_files_keep_what_can_be_read(tmp_path, suffix, damage, capsys):
     path.write_bytes({'cut': packed[:middle], 'empty': b'\0',
                       'garbled': packed[:middle] + bytes(1000) + packed[middle + 1000:]}[damage])
     write(tmp_path / 'b.jsonl', rows_of(['fine']))
-    prepare('x', [tmp_path], tmp_path / 'data', val=0)
+    # what a garbled file unpacks to can be more than was in it
+    prepare('x', [tmp_path], tmp_path / 'data', val=0, allow_left_out=True)
     found = documents(tmp_path / 'data' / 'x')
     assert found.pop() == 'fine' and found[:9_000] == texts[:9_000][:len(found)]
     assert len(found) >= 9_000 or damage == 'empty' or (suffix, damage) == ('.parquet', 'cut')
