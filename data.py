@@ -31,7 +31,6 @@ from hashlib import blake2b
 import numpy as np
 
 from configurator import UserError, did_you_mean, require
-from support import processes
 
 
 # ------------------------------------------------------------------------------
@@ -457,8 +456,10 @@ class Plan:
                               'read it under this name: to this run it is new data.')
 
         # a process takes its rows of a batch in micro-batches of equal size
+        from support import processes       # not above: corpora/ reads shards without torch
+        self.rank, self.world_size = processes.rank(), processes.world_size()
         self.micro_batch_size, self.micro_steps = micro_batches(
-            cfg.batch_size // processes.world_size(), cfg.micro_batch_size)
+            cfg.batch_size // self.world_size, cfg.micro_batch_size)
 
         # {validation set: what it is to this stage}, worked out once, when the stage begins
         first, last = self.counts(first_step), self.counts(cfg.max_steps)
@@ -514,9 +515,8 @@ class Plan:
 
     def batch(self, step, micro_step):
         """Inputs x and targets y, int64 (B, T) each, and the sources [B] of a micro-step's rows."""
-        return self.mixture.batch(batch_rows(step, self.cfg.batch_size, processes.rank(),
-                                             processes.world_size(), self.micro_batch_size,
-                                             micro_step))
+        return self.mixture.batch(batch_rows(step, self.cfg.batch_size, self.rank, self.world_size,
+                                             self.micro_batch_size, micro_step))
 
     def counts(self, step):
         """{source: samples} in the first steps of the run."""

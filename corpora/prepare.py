@@ -87,7 +87,7 @@ def prepare(name, inputs, data_dir='data', *, tokenizer='bytes', eot='append', v
     report(results, passed_over)
     report_large_texts(files, options)
     counts = add_up([result['counts'] for result in results])
-    problem = what_is_wrong(results, counts, allow_left_out)
+    problem = what_is_wrong(results, counts, val, allow_left_out)
     if problem:
         write_whole(partial / 'refused', b'')
         raise UserError(f'{name}: {problem}')
@@ -309,7 +309,7 @@ def report_large_texts(files, options):
               'documents of 64 KiB:', *large[:3], sep='\n    ')
 
 
-def what_is_wrong(results, counts, allow_left_out):
+def what_is_wrong(results, counts, val, allow_left_out):
     """Why the result is not worth publishing; '' when it is."""
     files = add_up([result['files'] for result in results])
     usable = sum(used['usable'] for used in files.values())
@@ -331,6 +331,10 @@ def what_is_wrong(results, counts, allow_left_out):
         return f'{unusable:,} of {usable + unusable:,} documents cannot be used, {mend}'
     if not allow_left_out and lost > len(files) / 2:
         return f'of {lost:,} of the {len(files):,} files nothing can be used, {mend}'
+
+    if val and not any(stream.endswith('/val') for stream in counts):
+        return (f'no document is held out for validation: there are only {kept:,}. Give more '
+                '(--cut KIB makes several of a plain text), raise --val, or do without: --val 0.')
     return ''
 
 
@@ -340,7 +344,7 @@ def report_near_copies(partial, numbers):
                 (read_hashes(partial, number) for number in numbers)]
     openings, counts = np.unique(np.concatenate(openings), return_counts=True)
     if not len(openings):
-        print('near-duplicates are not removed; no document is held out for validation')
+        print('near-duplicates are not removed')
         return
     # One group after the other, because the hashes of a large corpus do not fit into memory.
     is_near = np.zeros(len(openings), bool)
